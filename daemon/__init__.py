@@ -1,0 +1,1 @@
+"""hexmesh acts: the per-host daemon, its HTTP surface and its command line."""

@@ -1,0 +1,193 @@
+"""The JSON of the read verbs: one struct for each object of the contract. SI units; unknown is null."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+MemberState = Literal["joining", "alive", "suspect", "failed", "left"]
+
+
+class Blocker(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """Why this peer cannot route a request now, and what to do."""
+
+    code: str
+    message: str
+    next_step: str
+    needed_bytes: int | None = None
+    room_bytes: int | None = None
+
+
+class Readiness(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether this peer can route a request end to end now."""
+
+    ready: bool
+    blocker: Blocker | None
+
+
+class DeviceView(msgspec.Struct, frozen=True, kw_only=True):
+    index: int
+    kind: str
+    name: str
+    budget_bytes: int
+    used_bytes: int
+    flops_per_s: float | None
+    bytes_per_s: float | None
+
+
+class NodeView(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    name: str
+    site: str
+    state: MemberState
+    capabilities: list[str]
+    devices: list[DeviceView]
+
+
+class StageView(msgspec.Struct, frozen=True, kw_only=True):
+    node: str
+    devices: list[int]
+    layers: tuple[int, int]
+    tp: int
+    kv_blocks: int
+    kv_blocks_free: int | None
+
+
+class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    role: str
+    stages: list[StageView]
+    predicted_tokens_per_s: float
+    measured_tokens_per_s: float | None
+
+
+class FlowView(msgspec.Struct, frozen=True, kw_only=True, rename={"src": "from", "dst": "to"}):
+    src: str
+    dst: str
+    share: float
+
+
+class LinkView(msgspec.Struct, frozen=True, kw_only=True, rename={"src": "from", "dst": "to"}):
+    src: str
+    dst: str
+    rtt_p50_s: float | None
+    rtt_p95_s: float | None
+    bytes_per_s: float | None
+    lower_bound: bool
+    age_s: float | None
+    relayed: bool
+    in_use: bool
+
+
+class BottleneckView(msgspec.Struct, frozen=True, kw_only=True):
+    """The stage or link that limits the mesh's rate. kind: "stage" or "link"; utilisation in [0, 1] or null."""
+
+    kind: str
+    id: str
+    utilisation: float | None
+
+
+class UnusedView(msgspec.Struct, frozen=True, kw_only=True):
+    node: str
+    device: int
+    reason: str
+
+
+class TopologyView(msgspec.Struct, frozen=True, kw_only=True):
+    mesh_id: str
+    model: str
+    plan_id: str | None
+    term: int
+    epoch: int | None
+    coordinator: str | None
+    plan_reason: str | None
+    plan_age_s: float | None
+    nodes: list[NodeView]
+    replicas: list[ReplicaView]
+    flows: list[FlowView]
+    links: list[LinkView]
+    bottleneck: BottleneckView | None
+    unused: list[UnusedView]
+
+
+class MemberView(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    name: str
+    address: str
+    site: str
+    state: MemberState
+    roles: list[str]
+    version: str
+    age_s: float
+    rtt_s: float | None
+
+
+class KvBlocksView(msgspec.Struct, frozen=True, kw_only=True):
+    free: int
+    used: int
+    cached: int
+    leased: int
+
+
+class StatusView(msgspec.Struct, frozen=True, kw_only=True):
+    node: str
+    name: str
+    mesh: str
+    model: str
+    ready: bool
+    blocker: Blocker | None
+    coordinator: str | None
+    plan_id: str | None
+    nodes_alive: int
+    requests_running: int
+    requests_waiting: int
+    kv_blocks: KvBlocksView
+
+
+class RequestView(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    state: str
+    replica: str | None
+    stage: int | None
+    role: str
+    prompt_tokens: int
+    output_tokens: int
+    age_s: float
+    attempts: int
+    kv_handoff: str | None
+
+
+class PlanDeviceView(msgspec.Struct, frozen=True, kw_only=True):
+    """What the plan needs of one device and what there is."""
+
+    node: str
+    name: str
+    device: int
+    layers: tuple[int, int] | None
+    needed_bytes: int
+    room_bytes: int
+    reason: str
+
+
+class PlanView(msgspec.Struct, frozen=True, kw_only=True):
+    plan_id: str | None
+    epoch: int | None
+    reason: str | None
+    model: str
+    dtype: str | None
+    devices: list[PlanDeviceView]
+    replicas: list[ReplicaView]
+    predicted_tokens_per_s: float | None
+    predicted_batch: int | None
+    blocker: Blocker | None
+    explanation: list[str]
+
+
+class Issued(msgspec.Struct, frozen=True, kw_only=True):
+    """A fresh join token."""
+
+    token: str
+    join_command: str
+    expires_s: float
+    uses: int

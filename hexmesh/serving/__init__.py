@@ -1,0 +1,1 @@
+"""Serving policy in pure Python: sequences, block tables, batches and the choice of replica."""

@@ -1,0 +1,1 @@
+"""Message types, codec and sans-I/O framing: what travels between daemons and to workers."""

@@ -1,0 +1,148 @@
+"""Messages of the data plane: steps through a pipeline's stages, and requests from gateway to driver.
+
+Stages keep no per-sequence state but KV in blocks: every row of a step names its blocks, so a step can be
+judged by its epoch alone. Tensors travel beside the message, as the frame's payload.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from hexmesh.wire.control import Cert, Epoch
+
+FinishReason = Literal["stop", "length"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """How to draw a token. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave the filter out."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    """Philox key; 0 <= seed < 2**63."""
+    choice: int = 0
+    """Which of a request's n answers this is: first half of the Philox counter."""
+    n_logprobs: int = -1
+    """-1: no log-probabilities; 0: of the drawn token; k: also of the k likeliest tokens."""
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One sequence's part of a ragged batch: n_tokens consecutive tokens from absolute position `start`."""
+
+    start: int
+    n_tokens: int
+    blocks: list[int]
+    """The sequence's whole block table: block i holds positions [i * block_tokens, (i + 1) * block_tokens)."""
+    sample: SamplingParams | None = None
+    """Set when the token after this row's last one is wanted."""
+
+
+class SampledToken(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A drawn token, with natural-log probabilities (of the unfiltered, temperature-1 distribution) if asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] = []
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A ragged batch on its way to stage `stage` of a replica. Payload: hidden states (n_tokens, hidden_size)."""
+
+    epoch: Epoch
+    cert: Cert | None
+    """With rows that open a sequence: proof that the epoch was decided."""
+    replica: str
+    stage: int
+    step: int
+    driver: str
+    rows: list[Row]
+    stage_seconds: list[float] = []
+    """Compute time of the stages passed so far."""
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From the last stage to the driver: one sampled token for each row that asked, in row order."""
+
+    epoch: Epoch
+    replica: str
+    step: int
+    sampled: list[SampledToken]
+    stage_seconds: list[float]
+
+
+class StepRefused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A stage does not run this step: another epoch, or its worker is gone. Carries the refuser's certificate."""
+
+    epoch: Epoch
+    replica: str
+    stage: int
+    step: int
+    reason: str
+    is_transient: bool = False
+    """The epoch is right but the step got lost on its way; running it again does no harm."""
+    cert: Cert | None = None
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Gateway to driver: continue one sequence after prompt + emitted. A later attempt replaces an earlier one."""
+
+    sequence: str
+    attempt: int
+    epoch: Epoch
+    replica: str
+    prompt: list[int]
+    emitted: list[int]
+    max_tokens: int
+    """Output tokens in all, emitted ones included."""
+    stop_token_ids: list[int]
+    sampling: SamplingParams
+
+
+class Generated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Driver to gateway: output tokens from index `first` on; the last message carries finish_reason."""
+
+    sequence: str
+    attempt: int
+    first: int
+    tokens: list[SampledToken]
+    finish_reason: FinishReason | None = None
+
+
+class GenerateFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Driver to gateway: this attempt ended. `retry`: another attempt may work; `busy`: the queue is full."""
+
+    sequence: str
+    attempt: int
+    reason: str
+    retry: bool
+    busy: bool = False
+    cert: Cert | None = None
+
+
+class GenerateCancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Gateway to driver: nobody waits for this sequence any more; free its blocks."""
+
+    sequence: str
+    attempt: int
+
+
+class ReplicaStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Driver to every host of its plan, about once a second: what its replica does just now."""
+
+    replica: str
+    epoch: Epoch
+    requests_running: int
+    requests_waiting: int
+    kv_blocks_total: int
+    kv_blocks_free: int
+    tokens_per_s: float
+    stage_busy: list[float]
+
+
+DATA_MESSAGE = (
+    Step | StepResult | StepRefused | Generate | Generated | GenerateFailed | GenerateCancel | ReplicaStats
+)

@@ -1,0 +1,87 @@
+"""Messages between a daemon and its worker processes, over a unix socket. Tensors travel as the frame's payload."""
+
+from __future__ import annotations
+
+import msgspec
+
+from hexmesh.plan import DtypeName
+from hexmesh.wire.data import Row, SampledToken
+
+
+class LoadStage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Build layers [start, stop) and reserve their KV pool. Layers that another stage here holds are shared."""
+
+    stage: str
+    """The stage's key in this worker; unique for plan, replica and stage."""
+    model_dir: str
+    model_id: str
+    start: int
+    stop: int
+    dtype: DtypeName
+    kv_blocks: int
+    block_tokens: int
+    budget_bytes: int
+    """Room for everything this worker holds."""
+
+
+class StageLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The stage can run steps. `pool_deferred`: its pool waits for another stage of this worker to be dropped."""
+
+    stage: str
+    load_s: float
+    weight_bytes: int
+    pool_bytes: int
+    pool_deferred: bool
+    n_layers_reused: int
+
+
+class StageFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The stage could not be loaded, or broke in a step; it does not exist any more."""
+
+    stage: str
+    reason: str
+
+
+class DropStage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Forget a stage: free its pool, and its weights where no other stage of this worker shares them."""
+
+    stage: str
+
+
+class RunStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Run a ragged batch. Payload: int64 token ids (n_tokens,) for the first stage, else hidden states."""
+
+    stage: str
+    step: int
+    rows: list[Row]
+
+
+class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Payload: hidden states (n_tokens, hidden_size), or nothing from the last stage, which sends tokens."""
+
+    stage: str
+    step: int
+    compute_s: float
+    sampled: list[SampledToken]
+
+
+class MeasureDevice(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Measure the device: GEMM rate in `dtype` and sustained memory bandwidth."""
+
+    dtype: DtypeName
+
+
+class DeviceMeasured(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What MeasureDevice found; spreads are (max - min) / median over the last windows."""
+
+    flops_per_s: float
+    flops_spread: float
+    bytes_per_s: float
+    bytes_spread: float
+    total_bytes: int
+    """Memory of the device in all."""
+    name: str
+
+
+WORKER_REQUEST = LoadStage | DropStage | RunStep | MeasureDevice
+WORKER_REPLY = StageLoaded | StageFailed | StepDone | DeviceMeasured
