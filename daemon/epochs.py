@@ -1,0 +1,189 @@
+"""The epochs that this host holds: their plans, their stages, and the replicas it drives in them.
+
+The coordination machine decides which epoch is prepared, committed or draining; this carries it out. Stages are
+loaded by `StageHost`, replicas whose first stage is here get a `ReplicaDriver`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from daemon.courier import Courier
+from daemon.pipeline import ReplicaDriver, StepTrace
+from daemon.stages import StageHost
+from hexmesh.errors import HexmeshError
+from hexmesh.plan import Plan, decode_plan, digest_of
+from hexmesh.serving.batcher import BatchLimits
+from hexmesh.wire.control import Cert, Epoch
+from hexmesh.wire.data import ReplicaStats
+
+log = logging.getLogger("hexmesh.epochs")
+
+
+@dataclass(slots=True)
+class HeldEpoch:
+    """One epoch's plan as this host holds it; owned by `Epochs`."""
+
+    epoch: Epoch
+    plan: Plan
+    digest: str
+    committed_s: float | None = None
+    drivers: dict[str, ReplicaDriver] = field(default_factory=dict)
+    loading: asyncio.Task[None] | None = None
+    needs_room: bool = False
+    """A KV pool here can only be had once the epoch before is gone."""
+    idle_replicas: set[str] = field(default_factory=set)
+    """While draining: replicas in which nothing runs any more, as their drivers say."""
+
+
+class Epochs:
+    """Owner of every epoch held here; at most one prepared, one committed and one draining."""
+
+    def __init__(
+        self,
+        *,
+        courier: Courier,
+        group: asyncio.TaskGroup,
+        stages: StageHost,
+        limits: BatchLimits,
+        on_loaded: Callable[[Epoch], None],
+        on_load_failed: Callable[[Epoch, str], None],
+        on_drained: Callable[[Epoch], None],
+        on_broken: Callable[[Epoch, str], None],
+        on_step: Callable[[StepTrace], None],
+    ) -> None:
+        self._courier = courier
+        self._group = group
+        self._stages = stages
+        self._limits = limits
+        self._on_loaded = on_loaded
+        self._on_load_failed = on_load_failed
+        self._on_drained = on_drained
+        self._on_broken = on_broken
+        self._on_step = on_step
+        self._held: dict[Epoch, HeldEpoch] = {}
+        self.committed: HeldEpoch | None = None
+        self.draining: HeldEpoch | None = None
+
+    def prepare(self, epoch: Epoch, plan_bytes: bytes) -> None:
+        """Load our part of a plan in the background; `on_loaded` or `on_load_failed` follows."""
+        try:
+            plan = decode_plan(plan_bytes)
+        except msgspec.MsgspecError as error:
+            self._on_load_failed(epoch, f"the plan cannot be read: {error}")
+            return
+        held = HeldEpoch(epoch, plan, digest_of(plan_bytes))
+        self._held[epoch] = held
+        held.loading = self._group.create_task(self._load(held), name=f"load-epoch-{epoch.n}")
+
+    def drop(self, epoch: Epoch) -> None:
+        """Forget an epoch that will not be committed."""
+        held = self._held.pop(epoch, None)
+        if held is not None:
+            if held.loading is not None:
+                held.loading.cancel()
+            self._stages.drop(epoch)
+
+    def commit(self, epoch: Epoch, cert: Cert, now_s: float) -> None:
+        """New sequences go to this epoch from now on; the one before drains."""
+        self.draining, self.committed = self.committed, self._held[epoch]
+        self.committed.committed_s = now_s
+        if self.draining is not None:
+            for driver in self.draining.drivers.values():
+                driver.drain()
+        self._start_drivers(self.committed, cert)
+        if self.draining is not None and self.committed.needs_room:
+            self._on_drained(self.draining.epoch)
+        self.check_drained()
+
+    def release(self, epoch: Epoch, reason: str) -> None:
+        """Free an epoch; what still runs in it is handed back to its gateways."""
+        held = self._held.pop(epoch, None)
+        if held is None:
+            return
+        for driver in held.drivers.values():
+            driver.close(reason)
+        self._stages.drop(epoch)
+        if self.draining is held:
+            self.draining = None
+
+    def check_drained(self) -> None:
+        """Tell when nothing runs in the draining epoch any more, here or on its other hosts."""
+        if self.draining is None:
+            return
+        for driver in self.draining.drivers.values():
+            if driver.is_idle and driver.replica.id not in self.draining.idle_replicas:
+                self.draining.idle_replicas.add(driver.replica.id)
+                self._tell_idle(driver)
+        if self.draining.idle_replicas >= {replica.id for replica in self.draining.plan.replicas}:
+            self._on_drained(self.draining.epoch)
+
+    def on_stats(self, stats: ReplicaStats) -> None:
+        """A driver elsewhere says what runs in its replica."""
+        is_idle = stats.requests_running + stats.requests_waiting == 0
+        if self.draining is not None and stats.epoch == self.draining.epoch and is_idle:
+            self.draining.idle_replicas.add(stats.replica)
+            self.check_drained()
+
+    def node_lost(self, node: str, reason: str) -> None:
+        """A node went away: replicas that it drove run no more, those over it are broken."""
+        for driver in list(self.drivers()):
+            driver.node_lost(node, reason)
+        if self.draining is not None:
+            for replica in self.draining.plan.replicas:
+                if replica.driver == node:
+                    self.draining.idle_replicas.add(replica.id)
+            self.check_drained()
+
+    def driver(self, epoch: Epoch, replica_id: str) -> ReplicaDriver | None:
+        """The driver of that replica in that epoch, if it is here."""
+        held = self._held.get(epoch)
+        return held.drivers.get(replica_id) if held is not None else None
+
+    def drivers(self) -> Iterator[ReplicaDriver]:
+        """Every driver here, of committed and draining epochs."""
+        for held in self._held.values():
+            yield from held.drivers.values()
+
+    def close(self, reason: str) -> None:
+        """Hand everything back: this daemon ends."""
+        for driver in list(self.drivers()):
+            driver.close(reason)
+
+    async def _load(self, held: HeldEpoch) -> None:
+        try:
+            held.needs_room = await self._stages.prepare(held.epoch, held.plan, held.digest)
+        except* HexmeshError as failures:
+            reason = "; ".join(str(failure) for failure in failures.exceptions)
+            log.warning("stage not loaded epoch=%d reason=%s", held.epoch.n, reason)
+            self._stages.drop(held.epoch)
+            self._on_load_failed(held.epoch, reason)
+        else:
+            self._on_loaded(held.epoch)
+
+    def _tell_idle(self, driver: ReplicaDriver) -> None:
+        stats = driver.stats(time.monotonic())
+        for node in {stage.node for stage in driver.replica.stages} - {self._courier.node_id}:
+            self._courier.send(node, stats)
+
+    def _start_drivers(self, held: HeldEpoch, cert: Cert) -> None:
+        for replica in held.plan.replicas:
+            if replica.driver != self._courier.node_id:
+                continue
+            driver = ReplicaDriver(
+                epoch=held.epoch,
+                cert=cert,
+                replica=replica,
+                courier=self._courier,
+                limits=self._limits,
+                on_broken=self._on_broken,
+                on_step=self._on_step,
+            )
+            held.drivers[replica.id] = driver
+            self._group.create_task(driver.run(), name=f"drive-{replica.id}-{held.epoch.n}")

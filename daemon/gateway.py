@@ -1,0 +1,243 @@
+"""Where a request enters: keeps prompt, output and seed until the end, and replays them when a replica breaks.
+
+Attempts are numbered; tokens of an older attempt are dropped, and so are tokens that the client has already. A
+request ends with its tokens or with an error that names the blocker, within its deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Set
+from dataclasses import dataclass, field
+
+from daemon.courier import Courier
+from daemon.service import GenerationPart, GenerationRequest
+from hexmesh.errors import Busy, HexmeshError, InvalidInput, NotReady, TimedOut
+from hexmesh.wire.control import Epoch
+from hexmesh.wire.data import Generate, GenerateCancel, Generated, GenerateFailed
+
+log = logging.getLogger("hexmesh.gateway")
+
+SILENCE_S = 60.0
+"""A driver that sends nothing for so long is given up, and the request is tried again."""
+RETRY_PAUSE_S = 0.02
+MAX_RETRY_PAUSE_S = 0.5
+MAX_BUSY_S = 1.0
+"""How long a request that found the queue full is tried before the client is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a request can go now: a replica of the committed epoch and the node that drives it."""
+
+    epoch: Epoch
+    replica: str
+    driver: str
+    nodes: frozenset[str]
+    """Every node that holds a stage of the replica."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """One sequence under way; owned by its `generate` call."""
+
+    request: GenerationRequest
+    started_s: float
+    deadline_s: float
+    attempt: int = 0
+    emitted: list[int] = field(default_factory=list)
+    route: Route | None = None
+    inbox: asyncio.Queue[Generated | GenerateFailed] = field(default_factory=asyncio.Queue)
+
+
+class Gateway:
+    """Owns the sequences that entered at this node."""
+
+    def __init__(
+        self,
+        *,
+        courier: Courier,
+        route: Callable[[Set[str]], Route | None],
+        blocker: Callable[[], HexmeshError],
+        on_recovered: Callable[[], None],
+    ) -> None:
+        self._courier = courier
+        self._route = route
+        self._blocker = blocker
+        self._on_recovered = on_recovered
+        self._flights: dict[str, Flight] = {}
+        self._routes_changed = asyncio.Event()
+
+    def flights(self) -> list[Flight]:
+        """Every sequence under way."""
+        return list(self._flights.values())
+
+    def cancel(self, request_id: str) -> bool:
+        """End all sequences of a request as if its client had left."""
+        flights = [flight for flight in self._flights.values() if flight.request.request_id == request_id]
+        for flight in flights:
+            flight.inbox.put_nowait(self._give_up(flight, "cancelled by request"))
+        return bool(flights)
+
+    def routes_changed(self) -> None:
+        """A plan was committed, or a node came or went: requests that wait look for a route again."""
+        self._routes_changed.set()
+        self._routes_changed = asyncio.Event()
+
+    def node_lost(self, node: str, reason: str) -> None:
+        """Replay what ran over a node that is gone."""
+        for flight in self._flights.values():
+            if flight.route is not None and node in flight.route.nodes:
+                flight.inbox.put_nowait(self._give_up(flight, reason, retry=True))
+        self.routes_changed()
+
+    def epoch_released(self, epoch: Epoch) -> None:
+        """Replay what still ran in an epoch that is gone."""
+        for flight in self._flights.values():
+            if flight.route is not None and flight.route.epoch == epoch:
+                flight.inbox.put_nowait(self._give_up(flight, "the plan changed", retry=True))
+
+    def on_message(self, message: Generated | GenerateFailed) -> None:
+        """Tokens or a failure from a driver; messages of older attempts are dropped."""
+        flight = self._flights.get(message.sequence)
+        if flight is not None and message.attempt == flight.attempt:
+            flight.inbox.put_nowait(message)
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationPart]:
+        """Parts of one sequence as they come; see `MeshService.generate`."""
+        if request.sequence in self._flights:
+            raise InvalidInput(
+                f"request {request.request_id} is under way already", next_step="use another X-Request-Id"
+            )
+        now_s = time.monotonic()
+        flight = Flight(request, now_s, now_s + request.timeout_s)
+        self._flights[request.sequence] = flight
+        is_finished = False
+        try:
+            while not is_finished:
+                await self._open(flight)
+                async for part in self._parts(flight):
+                    is_finished = part.finish_reason is not None
+                    yield part
+        finally:
+            del self._flights[request.sequence]
+            if not is_finished:
+                self._cancel_at_driver(flight)
+
+    async def _open(self, flight: Flight) -> None:
+        """Start the next attempt on a replica that is whole, waiting for one if need be."""
+        if flight.attempt:
+            await self._pause(flight)
+        route = await self._await_route(flight)
+        flight.attempt += 1
+        flight.route = route
+        flight.inbox = asyncio.Queue()
+        request = flight.request
+        message = Generate(
+            sequence=request.sequence,
+            attempt=flight.attempt,
+            epoch=route.epoch,
+            replica=route.replica,
+            prompt=request.prompt,
+            emitted=flight.emitted,
+            max_tokens=request.max_tokens,
+            stop_token_ids=request.stop_token_ids,
+            sampling=request.sampling,
+        )
+        if not self._courier.send(route.driver, message):
+            flight.inbox.put_nowait(self._give_up(flight, "its driver cannot be reached", retry=True))
+
+    async def _pause(self, flight: Flight) -> None:
+        """Wait before another attempt, longer each time, unless the routes change."""
+        changed = self._routes_changed
+        pause_s = min(MAX_RETRY_PAUSE_S, RETRY_PAUSE_S * 2 ** min(flight.attempt, 10))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await changed.wait()
+
+    async def _await_route(self, flight: Flight) -> Route:
+        while (route := self._route(frozenset())) is None:
+            if flight.attempt == 0:
+                raise self._blocker()
+            changed = self._routes_changed
+            try:
+                async with asyncio.timeout(max(0.0, flight.deadline_s - time.monotonic())):
+                    await changed.wait()
+            except TimeoutError:
+                raise self._too_late(flight) from None
+        return route
+
+    async def _parts(self, flight: Flight) -> AsyncIterator[GenerationPart]:
+        """Parts of the present attempt; ends early when another attempt must be made."""
+        while True:
+            message = await self._next_message(flight)
+            if isinstance(message, Generated):
+                if message.first > len(flight.emitted):
+                    self._cancel_at_driver(flight)
+                    self._note_retry(flight, self._give_up(flight, "tokens were lost on their way", retry=True))
+                    return
+                part = self._take(flight, message)
+                if part is not None:
+                    yield part
+                if message.finish_reason is not None:
+                    return
+            elif not message.retry:
+                raise InvalidInput(message.reason)
+            elif message.busy and not flight.emitted and self._waited_long(flight):
+                raise Busy(message.reason, code="queue_full", next_step="try again shortly", retry_after_s=1.0)
+            else:
+                self._note_retry(flight, message)
+                return
+
+    async def _next_message(self, flight: Flight) -> Generated | GenerateFailed:
+        left_s = flight.deadline_s - time.monotonic()
+        try:
+            async with asyncio.timeout(min(SILENCE_S, max(0.0, left_s))):
+                return await flight.inbox.get()
+        except TimeoutError:
+            if left_s <= SILENCE_S:
+                raise self._too_late(flight) from None
+        self._cancel_at_driver(flight)
+        return self._give_up(flight, f"its driver was silent for {SILENCE_S:.0f} s", retry=True)
+
+    def _take(self, flight: Flight, message: Generated) -> GenerationPart | None:
+        """The tokens that the client does not have yet."""
+        new = message.tokens[max(0, len(flight.emitted) - message.first) :]
+        flight.emitted.extend(token.token_id for token in new)
+        if not new and message.finish_reason is None:
+            return None
+        return GenerationPart(tokens=new, finish_reason=message.finish_reason)
+
+    def _note_retry(self, flight: Flight, failed: GenerateFailed) -> None:
+        if not failed.busy:
+            self._on_recovered()
+            log.info(
+                "request replayed request=%s attempt=%d output_tokens=%d reason=%s",
+                flight.request.request_id,
+                flight.attempt,
+                len(flight.emitted),
+                failed.reason,
+            )
+
+    def _give_up(self, flight: Flight, reason: str, *, retry: bool = False) -> GenerateFailed:
+        return GenerateFailed(
+            sequence=flight.request.sequence, attempt=flight.attempt, reason=reason, retry=retry
+        )
+
+    def _cancel_at_driver(self, flight: Flight) -> None:
+        if flight.route is not None:
+            cancel = GenerateCancel(sequence=flight.request.sequence, attempt=flight.attempt)
+            self._courier.send(flight.route.driver, cancel)
+
+    def _waited_long(self, flight: Flight) -> bool:
+        return time.monotonic() - flight.started_s > MAX_BUSY_S
+
+    def _too_late(self, flight: Flight) -> HexmeshError:
+        blocker = self._blocker()
+        waited_s = time.monotonic() - flight.started_s
+        if isinstance(blocker, NotReady):
+            return TimedOut(f"no answer within {waited_s:.0f} s: {blocker.message}", next_step=blocker.next_step)
+        return TimedOut(f"no answer within {waited_s:.0f} s", next_step="ask for fewer tokens or a longer deadline")

@@ -1,0 +1,299 @@
+"""Drives one replica in one epoch: forms batches, sends steps down the stages, hands tokens to the gateways.
+
+Runs on the first stage's node. One step is in flight at a time, and every sequence that can run is in it. When
+a stage refuses, vanishes or stays silent the replica is broken for this epoch: every sequence it held is handed
+back to its gateway, which replays it in the next epoch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from daemon.courier import Courier
+from hexmesh.errors import Busy, InvalidInput
+from hexmesh.plan import Replica
+from hexmesh.serving.batcher import Batcher, BatchLimits, Emission, ScheduledRow, wire_row
+from hexmesh.serving.blocks import BlockPool
+from hexmesh.serving.sequence import Sequence, sequence_of
+from hexmesh.wire.control import Cert, Epoch
+from hexmesh.wire.data import (
+    Generate,
+    GenerateCancel,
+    Generated,
+    GenerateFailed,
+    ReplicaStats,
+    Step,
+    StepRefused,
+    StepResult,
+)
+
+log = logging.getLogger("hexmesh.pipeline")
+
+STEP_DEADLINE_S = 45.0
+"""Longer than a stage's own deadline, so that the stage that hangs is named by its own host."""
+RATE_WINDOW_S = 5.0
+MAX_RESENDS = 10
+RESEND_PAUSE_S = 0.1
+"""Rows name their positions and blocks, so a step that got lost is simply sent again, for about a second."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTrace:
+    """What one step took: the whole round trip, and the compute time of each stage."""
+
+    n_tokens: int
+    round_trip_s: float
+    stage_seconds: list[float]
+
+
+class ReplicaDriver:
+    """Owns the batcher of one (epoch, replica); `run` is its only loop."""
+
+    def __init__(
+        self,
+        *,
+        epoch: Epoch,
+        cert: Cert,
+        replica: Replica,
+        courier: Courier,
+        limits: BatchLimits,
+        on_broken: Callable[[Epoch, str], None],
+        on_step: Callable[[StepTrace], None],
+    ) -> None:
+        self.epoch = epoch
+        self.replica = replica
+        self.broken: str | None = None
+        self.draining = False
+        self.steps_run = 0
+        self._cert = cert
+        self._courier = courier
+        self._on_broken = on_broken
+        self._on_step = on_step
+        self._batcher = Batcher(BlockPool(replica.kv_blocks, replica.block_tokens), limits)
+        self._gateways: dict[str, str] = {}
+        self._answer: asyncio.Future[StepResult | str] | None = None
+        self._work = asyncio.Event()
+        self._emitted: deque[tuple[float, int]] = deque()
+        self._stage_seconds: deque[tuple[float, list[float]]] = deque()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._batcher.has_work
+
+    def sequences(self) -> list[Sequence]:
+        """Everything this replica holds, running first."""
+        return self._batcher.sequences()
+
+    def submit(self, gateway: str, message: Generate, now_s: float) -> None:
+        """Take in a gateway's sequence, or tell it why not."""
+        if self.broken is not None or self.draining:
+            reason = self.broken or "the plan changed"
+            self._fail(gateway, message.sequence, message.attempt, reason, retry=True)
+            return
+        self._batcher.cancel(message.sequence)
+        try:
+            self._batcher.submit(sequence_of(message, now_s))
+        except Busy as busy:
+            self._fail(gateway, message.sequence, message.attempt, busy.message, retry=True, busy=True)
+        except InvalidInput as invalid:
+            self._fail(gateway, message.sequence, message.attempt, invalid.one_line(), retry=False)
+        else:
+            self._gateways[message.sequence] = gateway
+            self._work.set()
+
+    def cancel(self, message: GenerateCancel) -> None:
+        """Free a sequence that nobody waits for."""
+        if self._batcher.cancel(message.sequence, message.attempt):
+            self._gateways.pop(message.sequence, None)
+
+    def gateway_lost(self, node: str) -> None:
+        """Free everything that a dead gateway asked for."""
+        for sequence_id in [key for key, gateway in self._gateways.items() if gateway == node]:
+            self._batcher.cancel(sequence_id)
+            del self._gateways[sequence_id]
+
+    def node_lost(self, node: str, reason: str) -> None:
+        """A node went away: break if it holds a stage, and free what it asked for as a gateway."""
+        self.gateway_lost(node)
+        if any(stage.node == node for stage in self.replica.stages):
+            self.close(reason)
+
+    def on_result(self, result: StepResult) -> None:
+        """The last stage answered the step in flight."""
+        if self._answer is not None and not self._answer.done() and result.step == self.steps_run:
+            self._answer.set_result(result)
+
+    def on_refused(self, refusal: StepRefused) -> None:
+        """A stage did not run the step in flight: send it again if it got lost, else this replica is broken."""
+        if refusal.step != self.steps_run:
+            return
+        if refusal.is_transient:
+            self._lose_step(refusal.reason)
+        else:
+            stage = self.replica.stages[refusal.stage]
+            self.close(f"stage {refusal.stage} on {stage.node[:8]} refused: {refusal.reason}")
+
+    def link_reset(self, node: str) -> None:
+        """A connection to or from a stage's node was cut: the step in flight may have been on it."""
+        if any(stage.node == node for stage in self.replica.stages):
+            self._lose_step(f"the connection to {node[:8]} was cut")
+
+    def drain(self) -> None:
+        """The epoch takes no new sequences any more: hand back those that no stage has seen yet."""
+        self.draining = True
+        for sequence in [held for held in self._batcher.waiting if not held.cancelled]:
+            self._batcher.cancel(sequence.id)
+            self._hand_back(sequence, "the plan changed")
+
+    def close(self, reason: str) -> None:
+        """Hand every sequence back to its gateway; nothing is accepted any more."""
+        if self.broken is not None:
+            return
+        self.broken = reason
+        log.info("replica closed replica=%s epoch=%d reason=%s", self.replica.id, self.epoch.n, reason)
+        for sequence in self._batcher.abandon():
+            self._hand_back(sequence, reason)
+        self._lose_step(reason)
+        self._work.set()
+
+    async def run(self) -> None:
+        """Step until closed."""
+        while self.broken is None:
+            await self._work.wait()
+            rows = self._batcher.next_step() if self.broken is None else []
+            if not rows:
+                self._work.clear()
+                continue
+            await self._step(rows)
+
+    def stats(self, now_s: float) -> ReplicaStats:
+        """What this replica does just now."""
+        window = self._recent(now_s)
+        return ReplicaStats(
+            replica=self.replica.id,
+            epoch=self.epoch,
+            requests_running=len(self._batcher.running),
+            requests_waiting=len(self._batcher.waiting),
+            kv_blocks_total=self._batcher.pool.n_blocks,
+            kv_blocks_free=self._batcher.pool.n_free,
+            tokens_per_s=sum(n for _, n in self._emitted) / window,
+            stage_busy=[
+                min(1.0, sum(seconds[index] for _, seconds in self._stage_seconds) / window)
+                for index in range(len(self.replica.stages))
+            ],
+        )
+
+    async def _step(self, rows: list[ScheduledRow]) -> None:
+        started_s = time.monotonic()
+        result = await self._answered(rows)
+        if result is None:
+            return
+        now_s = time.monotonic()
+        emissions = self._batcher.complete(result.sampled)
+        self._hand_out(emissions)
+        self._account(rows, result, emissions, started_s, now_s)
+
+    async def _answered(self, rows: list[ScheduledRow]) -> StepResult | None:
+        """The step's result; None when the replica was closed meanwhile."""
+        for _ in range(MAX_RESENDS):
+            self.steps_run += 1
+            self._answer = asyncio.get_running_loop().create_future()
+            self._courier.send(self._courier.node_id, self._message(rows), _token_ids(rows))
+            try:
+                async with asyncio.timeout(STEP_DEADLINE_S):
+                    answer = await self._answer
+            except TimeoutError:
+                self._break(f"no answer to a step within {STEP_DEADLINE_S:.0f} s")
+                return None
+            if self.broken is not None:
+                return None
+            if isinstance(answer, StepResult):
+                return answer
+            await asyncio.sleep(RESEND_PAUSE_S)
+        self._break(f"a step was lost {MAX_RESENDS} times: {answer}")
+        return None
+
+    def _lose_step(self, reason: str) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(reason)
+
+    def _message(self, rows: list[ScheduledRow]) -> Step:
+        opens = any(row.start == 0 for row in rows)
+        return Step(
+            epoch=self.epoch,
+            cert=self._cert if opens else None,
+            replica=self.replica.id,
+            stage=0,
+            step=self.steps_run,
+            driver=self._courier.node_id,
+            rows=[wire_row(row) for row in rows],
+        )
+
+    def _hand_out(self, emissions: Iterable[Emission]) -> None:
+        for emission in emissions:
+            sequence = emission.sequence
+            gateway = self._gateways.get(sequence.id)
+            if gateway is None:
+                continue
+            if emission.finish_reason is not None:
+                del self._gateways[sequence.id]
+            generated = Generated(
+                sequence=sequence.id,
+                attempt=sequence.attempt,
+                first=emission.index,
+                tokens=[emission.token],
+                finish_reason=emission.finish_reason,
+            )
+            self._courier.send(gateway, generated)
+
+    def _account(
+        self,
+        rows: list[ScheduledRow],
+        result: StepResult,
+        emissions: list[Emission],
+        started_s: float,
+        now_s: float,
+    ) -> None:
+        self._emitted.append((now_s, len(emissions)))
+        self._stage_seconds.append((now_s, result.stage_seconds))
+        self._recent(now_s)
+        n_tokens = sum(row.n_tokens for row in rows)
+        self._on_step(StepTrace(n_tokens, now_s - started_s, result.stage_seconds))
+
+    def _recent(self, now_s: float) -> float:
+        """Drop what is older than the window; the window's length in seconds."""
+        for history in (self._emitted, self._stage_seconds):
+            while history and history[0][0] < now_s - RATE_WINDOW_S:
+                history.popleft()
+        return RATE_WINDOW_S
+
+    def _break(self, reason: str) -> None:
+        self.close(reason)
+        self._on_broken(self.epoch, reason)
+
+    def _hand_back(self, sequence: Sequence, reason: str) -> None:
+        gateway = self._gateways.pop(sequence.id, None)
+        if gateway is not None:
+            self._fail(gateway, sequence.id, sequence.attempt, reason, retry=True)
+
+    def _fail(
+        self, gateway: str, sequence_id: str, attempt: int, reason: str, *, retry: bool, busy: bool = False
+    ) -> None:
+        failed = GenerateFailed(
+            sequence=sequence_id, attempt=attempt, reason=reason, retry=retry, busy=busy, cert=self._cert
+        )
+        self._courier.send(gateway, failed)
+
+
+def _token_ids(rows: list[ScheduledRow]) -> bytes:
+    """The int64 ids (n_tokens,) that the first stage embeds, in row order."""
+    ids = array("q")
+    for row in rows:
+        ids.extend(row.sequence.tokens[row.start : row.start + row.n_tokens])
+    return ids.tobytes()

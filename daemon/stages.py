@@ -1,0 +1,201 @@
+"""This host's stages: loaded for an epoch, run step by step in the device's worker, forwarded to the next stage.
+
+A host holds stages of at most three epochs (prepared, committed, draining). Whether a step may run is judged by
+its epoch alone (`admit`); the worker holds no per-sequence state but KV in blocks that the step itself names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from daemon.courier import Courier, Payload
+from daemon.workers import Worker
+from hexmesh.errors import HexmeshError, Lost
+from hexmesh.membership.outputs import Accepted, Admission
+from hexmesh.plan import Plan, Replica, Stage
+from hexmesh.wire.control import Epoch
+from hexmesh.wire.data import Step, StepRefused, StepResult
+from hexmesh.wire.worker import LoadStage, RunStep, StepDone
+
+log = logging.getLogger("hexmesh.stages")
+
+StageKey = tuple[Epoch, str, int]
+STEP_DEADLINE_S = 30.0
+"""The least time that a step may take before its worker counts as hung."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """Where workers read the model."""
+
+    folder: str
+    model_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeldStage:
+    """A stage that is loaded on one device here."""
+
+    name: str
+    replica: Replica
+    index: int
+    device: int
+    worker: Worker
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == len(self.replica.stages) - 1
+
+
+class StageHost:
+    """Owns the mapping from (epoch, replica, stage) to workers; one instance a node."""
+
+    def __init__(
+        self,
+        *,
+        courier: Courier,
+        group: asyncio.TaskGroup,
+        files: ModelFiles,
+        budgets: Mapping[int, int],
+        worker_of: Callable[[int], Worker],
+        admit: Callable[[Step], Admission],
+        on_broken: Callable[[Epoch, str], None],
+    ) -> None:
+        self._courier = courier
+        self._group = group
+        self._files = files
+        self._budgets = budgets
+        self._worker_of = worker_of
+        self._admit = admit
+        self._on_broken = on_broken
+        self._held: dict[StageKey, HeldStage] = {}
+        self.used_bytes: dict[str, int] = {}
+
+    async def prepare(self, epoch: Epoch, plan: Plan, digest: str) -> bool:
+        """Load every stage that the plan gives this node; whether a KV pool waits for older stages to go.
+
+        Raises an ExceptionGroup of HexmeshError when a stage cannot be loaded.
+        """
+        async with asyncio.TaskGroup() as group:
+            loads = [
+                group.create_task(self._load(epoch, plan, digest, replica, index))
+                for replica, index in plan.stages_of(self._courier.node_id)
+            ]
+        return any(load.result() for load in loads)
+
+    def drop(self, epoch: Epoch) -> None:
+        """Forget all stages of an epoch; layers that another epoch shares stay in memory."""
+        for key in [key for key in self._held if key[0] == epoch]:
+            held = self._held.pop(key)
+            self.used_bytes.pop(held.name, None)
+            held.worker.drop(held.name)
+
+    def worker_died(self, worker: Worker, reason: str) -> None:
+        """Forget what the dead worker held and say which epochs are broken by it."""
+        lost = [key for key, held in self._held.items() if held.worker is worker]
+        for key in lost:
+            self.used_bytes.pop(self._held.pop(key).name, None)
+        for epoch in {key[0] for key in lost}:
+            self._on_broken(epoch, reason)
+
+    def on_step(self, step: Step, payload: Payload) -> None:
+        """Run a step of ours and pass its result on; a step of another epoch is refused."""
+        admission = self._admit(step)
+        if not isinstance(admission, Accepted):
+            self._refuse(step, admission.reason, admission)
+            return
+        held = self._held.get((step.epoch, step.replica, step.stage))
+        if held is None:
+            self._refuse(step, "this stage is not loaded here", None)
+            return
+        self._group.create_task(self._run(held, step, payload), name=f"step-{step.step}")
+
+    async def _load(self, epoch: Epoch, plan: Plan, digest: str, replica: Replica, index: int) -> bool:
+        stage = replica.stages[index]
+        device = stage.devices[0]
+        held = HeldStage(
+            name=f"{digest[:16]}/{replica.id}/{index}",
+            replica=replica,
+            index=index,
+            device=device,
+            worker=self._worker_of(device),
+        )
+        loaded = await held.worker.load(self._load_order(held.name, plan, replica, stage))
+        self._held[(epoch, replica.id, index)] = held
+        self.used_bytes[held.name] = loaded.weight_bytes + loaded.pool_bytes
+        log.info(
+            "stage loaded replica=%s stage=%d layers=%d-%d load_s=%.2f reused_layers=%d",
+            replica.id,
+            index,
+            stage.start,
+            stage.stop - 1,
+            loaded.load_s,
+            loaded.n_layers_reused,
+        )
+        return loaded.pool_deferred
+
+    def _load_order(self, name: str, plan: Plan, replica: Replica, stage: Stage) -> LoadStage:
+        return LoadStage(
+            stage=name,
+            model_dir=self._files.folder,
+            model_id=self._files.model_id,
+            start=stage.start,
+            stop=stage.stop,
+            dtype=plan.dtype,
+            kv_blocks=replica.kv_blocks,
+            block_tokens=replica.block_tokens,
+            budget_bytes=self._budgets[stage.devices[0]],
+        )
+
+    async def _run(self, held: HeldStage, step: Step, payload: Payload) -> None:
+        deadline_s = max(STEP_DEADLINE_S, 100 * held.replica.stages[held.index].predicted_step_s)
+        try:
+            async with asyncio.timeout(deadline_s):
+                done, out = await held.worker.run_step(
+                    RunStep(stage=held.name, step=step.step, rows=step.rows), payload
+                )
+        except TimeoutError:
+            held.worker.kill(f"a step took longer than {deadline_s:.0f} s")
+            self._refuse(step, f"the stage hung for {deadline_s:.0f} s", None)
+        except HexmeshError as error:
+            self._refuse(step, error.message, None)
+            if not isinstance(error, Lost):
+                self._on_broken(step.epoch, error.message)
+        else:
+            self._pass_on(held, step, done, out)
+
+    def _pass_on(self, held: HeldStage, step: Step, done: StepDone, out: Payload) -> None:
+        seconds = [*step.stage_seconds, done.compute_s]
+        if held.is_last:
+            result = StepResult(
+                epoch=step.epoch,
+                replica=step.replica,
+                step=step.step,
+                sampled=done.sampled,
+                stage_seconds=seconds,
+            )
+            self._courier.send(step.driver, result)
+            return
+        onward = msgspec.structs.replace(step, stage=step.stage + 1, stage_seconds=seconds)
+        to = held.replica.stages[step.stage + 1].node
+        if not self._courier.send(to, onward, out):
+            self._refuse(step, f"the next stage's node {to[:8]} cannot be reached", None, is_transient=True)
+
+    def _refuse(
+        self, step: Step, reason: str, admission: Admission | None, *, is_transient: bool = False
+    ) -> None:
+        refusal = StepRefused(
+            epoch=step.epoch,
+            replica=step.replica,
+            stage=step.stage,
+            step=step.step,
+            reason=reason,
+            is_transient=is_transient,
+            cert=getattr(admission, "cert", None),
+        )
+        self._courier.send(step.driver, refusal)
