@@ -158,7 +158,7 @@ class Epochs:
 
     async def _load(self, held: HeldEpoch) -> None:
         try:
-            held.needs_room = await self._stages.prepare(held.epoch, held.plan, held.digest)
+            held.needs_room = await self._stages.prepare(held.epoch, held.plan)
         except* HexmeshError as failures:
             reason = "; ".join(str(failure) for failure in failures.exceptions)
             log.warning("stage not loaded epoch=%d reason=%s", held.epoch.n, reason)
@@ -169,7 +169,8 @@ class Epochs:
 
     def _tell_idle(self, driver: ReplicaDriver) -> None:
         stats = driver.stats(time.monotonic())
-        for node in {stage.node for stage in driver.replica.stages} - {self._courier.node_id}:
+        assert self.draining is not None
+        for node in self.draining.plan.hosts.keys() - {self._courier.node_id}:
             self._courier.send(node, stats)
 
     def _start_drivers(self, held: HeldEpoch, cert: Cert) -> None:
@@ -184,6 +185,7 @@ class Epochs:
                 limits=self._limits,
                 on_broken=self._on_broken,
                 on_step=self._on_step,
+                on_idle=self.check_drained,
             )
             held.drivers[replica.id] = driver
             self._group.create_task(driver.run(), name=f"drive-{replica.id}-{held.epoch.n}")

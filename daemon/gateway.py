@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Set
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from daemon.courier import Courier
 from daemon.service import GenerationPart, GenerationRequest
-from hexmesh.errors import Busy, HexmeshError, InvalidInput, NotReady, TimedOut
+from hexmesh.errors import Busy, Closed, HexmeshError, InvalidInput, NotReady, TimedOut
 from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import Generate, GenerateCancel, Generated, GenerateFailed
 
@@ -48,6 +48,7 @@ class Flight:
     started_s: float
     deadline_s: float
     attempt: int = 0
+    is_cancelled: bool = False
     emitted: list[int] = field(default_factory=list)
     route: Route | None = None
     inbox: asyncio.Queue[Generated | GenerateFailed] = field(default_factory=asyncio.Queue)
@@ -60,7 +61,7 @@ class Gateway:
         self,
         *,
         courier: Courier,
-        route: Callable[[Set[str]], Route | None],
+        route: Callable[[], Route | None],
         blocker: Callable[[], HexmeshError],
         on_recovered: Callable[[], None],
     ) -> None:
@@ -79,6 +80,7 @@ class Gateway:
         """End all sequences of a request as if its client had left."""
         flights = [flight for flight in self._flights.values() if flight.request.request_id == request_id]
         for flight in flights:
+            flight.is_cancelled = True
             flight.inbox.put_nowait(self._give_up(flight, "cancelled by request"))
         return bool(flights)
 
@@ -94,6 +96,12 @@ class Gateway:
                 flight.inbox.put_nowait(self._give_up(flight, reason, retry=True))
         self.routes_changed()
 
+    def link_lost(self, node: str, reason: str) -> None:
+        """A connection was cut: tokens from a driver there may be lost."""
+        for flight in self._flights.values():
+            if flight.route is not None and flight.route.driver == node:
+                flight.inbox.put_nowait(self._give_up(flight, reason, retry=True))
+
     def epoch_released(self, epoch: Epoch) -> None:
         """Replay what still ran in an epoch that is gone."""
         for flight in self._flights.values():
@@ -106,7 +114,7 @@ class Gateway:
         if flight is not None and message.attempt == flight.attempt:
             flight.inbox.put_nowait(message)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationPart]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart, None]:
         """Parts of one sequence as they come; see `MeshService.generate`."""
         if request.sequence in self._flights:
             raise InvalidInput(
@@ -159,7 +167,7 @@ class Gateway:
                 await changed.wait()
 
     async def _await_route(self, flight: Flight) -> Route:
-        while (route := self._route(frozenset())) is None:
+        while (route := self._route()) is None:
             if flight.attempt == 0:
                 raise self._blocker()
             changed = self._routes_changed
@@ -170,24 +178,30 @@ class Gateway:
                 raise self._too_late(flight) from None
         return route
 
-    async def _parts(self, flight: Flight) -> AsyncIterator[GenerationPart]:
+    async def _parts(self, flight: Flight) -> AsyncGenerator[GenerationPart, None]:
         """Parts of the present attempt; ends early when another attempt must be made."""
         while True:
             message = await self._next_message(flight)
             if isinstance(message, Generated):
                 if message.first > len(flight.emitted):
                     self._cancel_at_driver(flight)
-                    self._note_retry(flight, self._give_up(flight, "tokens were lost on their way", retry=True))
+                    self._note_retry(
+                        flight, self._give_up(flight, "tokens were lost on their way", retry=True)
+                    )
                     return
                 part = self._take(flight, message)
                 if part is not None:
                     yield part
                 if message.finish_reason is not None:
                     return
+            elif flight.is_cancelled:
+                raise Closed(message.reason)
             elif not message.retry:
                 raise InvalidInput(message.reason)
             elif message.busy and not flight.emitted and self._waited_long(flight):
-                raise Busy(message.reason, code="queue_full", next_step="try again shortly", retry_after_s=1.0)
+                raise Busy(
+                    message.reason, code="queue_full", next_step="try again shortly", retry_after_s=1.0
+                )
             else:
                 self._note_retry(flight, message)
                 return
@@ -239,5 +253,9 @@ class Gateway:
         blocker = self._blocker()
         waited_s = time.monotonic() - flight.started_s
         if isinstance(blocker, NotReady):
-            return TimedOut(f"no answer within {waited_s:.0f} s: {blocker.message}", next_step=blocker.next_step)
-        return TimedOut(f"no answer within {waited_s:.0f} s", next_step="ask for fewer tokens or a longer deadline")
+            return TimedOut(
+                f"no answer within {waited_s:.0f} s: {blocker.message}", next_step=blocker.next_step
+            )
+        return TimedOut(
+            f"no answer within {waited_s:.0f} s", next_step="ask for fewer tokens or a longer deadline"
+        )

@@ -47,6 +47,7 @@ RESEND_PAUSE_S = 0.1
 class StepTrace:
     """What one step took: the whole round trip, and the compute time of each stage."""
 
+    replica: str
     n_tokens: int
     round_trip_s: float
     stage_seconds: list[float]
@@ -65,6 +66,7 @@ class ReplicaDriver:
         limits: BatchLimits,
         on_broken: Callable[[Epoch, str], None],
         on_step: Callable[[StepTrace], None],
+        on_idle: Callable[[], None],
     ) -> None:
         self.epoch = epoch
         self.replica = replica
@@ -75,6 +77,7 @@ class ReplicaDriver:
         self._courier = courier
         self._on_broken = on_broken
         self._on_step = on_step
+        self._on_idle = on_idle
         self._batcher = Batcher(BlockPool(replica.kv_blocks, replica.block_tokens), limits)
         self._gateways: dict[str, str] = {}
         self._answer: asyncio.Future[StepResult | str] | None = None
@@ -169,6 +172,7 @@ class ReplicaDriver:
             rows = self._batcher.next_step() if self.broken is None else []
             if not rows:
                 self._work.clear()
+                self._on_idle()
                 continue
             await self._step(rows)
 
@@ -264,7 +268,7 @@ class ReplicaDriver:
         self._stage_seconds.append((now_s, result.stage_seconds))
         self._recent(now_s)
         n_tokens = sum(row.n_tokens for row in rows)
-        self._on_step(StepTrace(n_tokens, now_s - started_s, result.stage_seconds))
+        self._on_step(StepTrace(self.replica.id, n_tokens, now_s - started_s, result.stage_seconds))
 
     def _recent(self, now_s: float) -> float:
         """Drop what is older than the window; the window's length in seconds."""

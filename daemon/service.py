@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
@@ -55,20 +55,30 @@ class ServedModel:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
 
+    def with_context(self, max_model_tokens: int) -> ServedModel:
+        """The same model with room for another context length."""
+        return replace(self, max_model_tokens=max_model_tokens)
+
 
 class MeshService(Protocol):
     """A running node, seen from its HTTP surface."""
 
     @property
-    def model(self) -> ServedModel: ...
+    def model(self) -> ServedModel:
+        """Raises NotReady while this node does not know its mesh's model yet."""
+        ...
 
     @property
     def registry(self) -> CollectorRegistry: ...
 
     def readiness(self) -> Readiness: ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationPart]:
-        """Parts as they come. Raises NotReady, Busy, Lost or TimedOut; closing the iterator cancels the sequence."""
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart, None]:
+        """Parts as they come. Raises NotReady, Busy, Lost or TimedOut; closing it cancels the sequence.
+
+        A token of `stop_token_ids` that ends the sequence is the last token of the last part. After `cancel`
+        the generator ends without a finish reason or raises Closed.
+        """
         ...
 
     def cancel(self, request_id: str) -> bool:

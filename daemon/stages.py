@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import msgspec
 
 from daemon.courier import Courier, Payload
 from daemon.workers import Worker
-from hexmesh.errors import HexmeshError, Lost
+from hexmesh.errors import HexmeshError, InvalidInput
 from hexmesh.membership.outputs import Accepted, Admission
 from hexmesh.plan import Plan, Replica, Stage
 from hexmesh.wire.control import Epoch
@@ -62,7 +62,7 @@ class StageHost:
         group: asyncio.TaskGroup,
         files: ModelFiles,
         budgets: Mapping[int, int],
-        worker_of: Callable[[int], Worker],
+        worker_of: Callable[[int], Awaitable[Worker]],
         admit: Callable[[Step], Admission],
         on_broken: Callable[[Epoch, str], None],
     ) -> None:
@@ -76,14 +76,14 @@ class StageHost:
         self._held: dict[StageKey, HeldStage] = {}
         self.used_bytes: dict[str, int] = {}
 
-    async def prepare(self, epoch: Epoch, plan: Plan, digest: str) -> bool:
+    async def prepare(self, epoch: Epoch, plan: Plan) -> bool:
         """Load every stage that the plan gives this node; whether a KV pool waits for older stages to go.
 
         Raises an ExceptionGroup of HexmeshError when a stage cannot be loaded.
         """
         async with asyncio.TaskGroup() as group:
             loads = [
-                group.create_task(self._load(epoch, plan, digest, replica, index))
+                group.create_task(self._load(epoch, plan, replica, index))
                 for replica, index in plan.stages_of(self._courier.node_id)
             ]
         return any(load.result() for load in loads)
@@ -103,6 +103,13 @@ class StageHost:
         for epoch in {key[0] for key in lost}:
             self._on_broken(epoch, reason)
 
+    def stage_failed(self, name: str, reason: str) -> None:
+        """A worker gave up one of its stages: its epoch is broken."""
+        for key in [key for key, held in self._held.items() if held.name == name]:
+            self.used_bytes.pop(name, None)
+            del self._held[key]
+            self._on_broken(key[0], reason)
+
     def on_step(self, step: Step, payload: Payload) -> None:
         """Run a step of ours and pass its result on; a step of another epoch is refused."""
         admission = self._admit(step)
@@ -115,15 +122,15 @@ class StageHost:
             return
         self._group.create_task(self._run(held, step, payload), name=f"step-{step.step}")
 
-    async def _load(self, epoch: Epoch, plan: Plan, digest: str, replica: Replica, index: int) -> bool:
+    async def _load(self, epoch: Epoch, plan: Plan, replica: Replica, index: int) -> bool:
         stage = replica.stages[index]
         device = stage.devices[0]
         held = HeldStage(
-            name=f"{digest[:16]}/{replica.id}/{index}",
+            name=stage_name(epoch, replica.id, index),
             replica=replica,
             index=index,
             device=device,
-            worker=self._worker_of(device),
+            worker=await self._worker_of(device),
         )
         loaded = await held.worker.load(self._load_order(held.name, plan, replica, stage))
         self._held[(epoch, replica.id, index)] = held
@@ -164,7 +171,7 @@ class StageHost:
             self._refuse(step, f"the stage hung for {deadline_s:.0f} s", None)
         except HexmeshError as error:
             self._refuse(step, error.message, None)
-            if not isinstance(error, Lost):
+            if isinstance(error, InvalidInput):
                 self._on_broken(step.epoch, error.message)
         else:
             self._pass_on(held, step, done, out)
@@ -199,3 +206,8 @@ class StageHost:
             cert=getattr(admission, "cert", None),
         )
         self._courier.send(step.driver, refusal)
+
+
+def stage_name(epoch: Epoch, replica_id: str, index: int) -> str:
+    """A stage's key in its worker. Two epochs may hold equal plans, so the digest would not do."""
+    return f"{epoch.ballot.term}.{epoch.ballot.boot:x}.{epoch.n}/{replica_id}/{index}"

@@ -60,6 +60,7 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     stages: list[StageView]
     predicted_tokens_per_s: float
     measured_tokens_per_s: float | None
+    requests_running: int | None = None
 
 
 class FlowView(msgspec.Struct, frozen=True, kw_only=True, rename={"src": "from", "dst": "to"}):
@@ -81,7 +82,7 @@ class LinkView(msgspec.Struct, frozen=True, kw_only=True, rename={"src": "from",
 
 
 class BottleneckView(msgspec.Struct, frozen=True, kw_only=True):
-    """The stage or link that limits the mesh's rate. kind: "stage" or "link"; utilisation in [0, 1] or null."""
+    """The stage or link that limits the rate. kind: "stage" or "link"; utilisation in [0, 1] or null."""
 
     kind: str
     id: str
@@ -191,3 +192,14 @@ class Issued(msgspec.Struct, frozen=True, kw_only=True):
     join_command: str
     expires_s: float
     uses: int
+
+
+class UpLine(msgspec.Struct, frozen=True, kw_only=True):
+    """What `hexmesh join` prints once it is up. The last two are null where this node may not admit."""
+
+    node_id: str
+    name: str
+    http_url: str
+    peer_addr: str
+    join_command: str | None
+    token_expires_s: float | None

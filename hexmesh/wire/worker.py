@@ -1,15 +1,26 @@
-"""Messages between a daemon and its worker processes, over a unix socket. Tensors travel as the frame's payload."""
+"""Messages between a daemon and its worker processes, over a unix socket.
+
+Tensors travel as the frame's payload.
+"""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import msgspec
 
 from hexmesh.plan import DtypeName
 from hexmesh.wire.data import Row, SampledToken
 
+FailureKind = Literal["invalid", "refused", "no_room", "broken"]
+"""Whose doing a failure was: the files or the order, our rules, the budget, or a step that broke."""
+
 
 class LoadStage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Build layers [start, stop) and reserve their KV pool. Layers that another stage here holds are shared."""
+    """Build layers [start, stop) and reserve their KV pool.
+
+    Layers that another stage here holds are shared.
+    """
 
     stage: str
     """The stage's key in this worker; unique for plan, replica and stage."""
@@ -25,7 +36,10 @@ class LoadStage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StageLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The stage can run steps. `pool_deferred`: its pool waits for another stage of this worker to be dropped."""
+    """The stage can run steps. `pool_deferred`:
+
+    its pool waits for another stage of this worker to be dropped.
+    """
 
     stage: str
     load_s: float
@@ -39,6 +53,15 @@ class StageFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The stage could not be loaded, or broke in a step; it does not exist any more."""
 
     stage: str
+    reason: str
+    kind: FailureKind = "broken"
+
+
+class StepFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """This step was nonsense, or its stage is not here; nothing was computed and the worker is as before."""
+
+    stage: str
+    step: int
     reason: str
 
 
@@ -84,4 +107,4 @@ class DeviceMeasured(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 WORKER_REQUEST = LoadStage | DropStage | RunStep | MeasureDevice
-WORKER_REPLY = StageLoaded | StageFailed | StepDone | DeviceMeasured
+WORKER_REPLY = StageLoaded | StageFailed | StepDone | StepFailed | DeviceMeasured

@@ -1,0 +1,273 @@
+"""Runs this boot's coordination machine: feeds it messages and time, and carries out what it asks for.
+
+Every input goes through `_feed`, every output through one queue, so that an output's own consequences come after
+the outputs already asked for, in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import NoReturn, assert_never
+
+from daemon.courier import Courier
+from daemon.epochs import Epochs
+from daemon.planning import MeshPlanner, NoPlan
+from hexmesh.ids import short
+from hexmesh.membership.coordination import Coordination
+from hexmesh.membership.outputs import (
+    Accepted,
+    Admission,
+    BecameCoordinator,
+    Committed,
+    CoordinatorChanged,
+    DropPrepared,
+    HostJoined,
+    HostLost,
+    LeaveComplete,
+    LostCoordinator,
+    Output,
+    PersistTerm,
+    PlanImpossible,
+    PlanWanted,
+    ReleaseDraining,
+    Send,
+    StartPrepare,
+)
+from hexmesh.plan import Plan
+from hexmesh.wire.control import Cert, ControlMessage, Epoch
+from hexmesh.wire.data import Step
+from hexmesh.wire.notice import PlanBlocked
+
+log = logging.getLogger("hexmesh.coordination")
+
+MAX_TICK_S = 0.05
+"""The machine may be ticked more often than it asks for; this bounds the effect of a clock that jumps."""
+
+
+class CoordinationLoop:
+    """Owner of the machine; `run` is its clock."""
+
+    def __init__(
+        self,
+        *,
+        machine: Coordination,
+        courier: Courier,
+        group: asyncio.TaskGroup,
+        planner: MeshPlanner,
+        save_term: Callable[[int], None],
+        on_change: Callable[[], None],
+        on_replan: Callable[[str], None],
+    ) -> None:
+        self.machine = machine
+        self.blocked: PlanBlocked | None = None
+        self.has_left = asyncio.Event()
+        self._courier = courier
+        self._group = group
+        self._planner = planner
+        self._save_term = save_term
+        self._on_change = on_change
+        self._on_replan = on_replan
+        self._epochs: Epochs | None = None
+        self._planning: asyncio.Task[None] | None = None
+        self._outputs: deque[Output] = deque()
+        self._is_carrying_out = False
+        self._loop = asyncio.get_running_loop()
+
+    def attach(self, epochs: Epochs) -> None:
+        """Who carries out what happens to epochs; to be called once, before anything else."""
+        self._epochs = epochs
+
+    async def run(self) -> NoReturn:
+        """Let time pass in the machine."""
+        while True:
+            self._feed(self.machine.tick(self._loop.time()))
+            wakeup_s = self.machine.next_wakeup_s(self._loop.time()) - self._loop.time()
+            await asyncio.sleep(min(MAX_TICK_S, max(0.005, wakeup_s)))
+
+    # --- inputs ---
+
+    def receive(self, message: ControlMessage) -> None:
+        """A control message came in."""
+        self._feed(self.machine.receive(message, self._loop.time()))
+
+    def peer_reachable(self, node: str) -> None:
+        """An address of `node` is known."""
+        self._feed(self.machine.peer_reachable(node, self._loop.time()))
+
+    def peer_forgotten(self, node: str) -> None:
+        """`node` is no member any more."""
+        self._feed(self.machine.peer_forgotten(node, self._loop.time()))
+
+    def connection_refused(self, node: str) -> None:
+        """The connection to `node` was cut and redialling was refused."""
+        self._feed(self.machine.connection_refused(node, self._loop.time()))
+
+    def loaded(self, epoch: Epoch) -> None:
+        """Everything that `epoch` needs here is loaded."""
+        self._feed(self.machine.prepared_locally(epoch, self._loop.time()))
+
+    def load_failed(self, epoch: Epoch, reason: str) -> None:
+        """`epoch` cannot be loaded here."""
+        self._feed(self.machine.prepare_failed(epoch, reason, self._loop.time()))
+
+    def drained(self, epoch: Epoch) -> None:
+        """Nothing runs in the draining epoch any more."""
+        self._feed(self.machine.drained(epoch, self._loop.time()))
+
+    def broken(self, epoch: Epoch, reason: str) -> None:
+        """Something of ours in `epoch` broke; if it is the committed one, a new plan is needed."""
+        if epoch == self.machine.committed:
+            self.replan(reason)
+
+    def replan(self, reason: str) -> None:
+        """Ask for a new plan over the same hosts."""
+        self._feed(self.machine.replan(reason, self._loop.time()))
+
+    def facts_changed(self) -> None:
+        """Facts arrived: plan again if an earlier plan had to do without them."""
+        if self.machine.is_coordinator and self._planner.has_more_facts(self.machine.held):
+            self.replan("facts that the last plan lacked have arrived")
+
+    def leave(self) -> None:
+        """Leave gracefully; `has_left` is set when no plan needs this host any more."""
+        self._feed(self.machine.leave(self._loop.time()))
+
+    def admit(self, step: Step) -> Admission:
+        """H6: whether this step may run here. Rows from position 0 open a sequence."""
+        opens = any(row.start == 0 for row in step.rows)
+        verdict = self.machine.admit_epoch(
+            step.epoch,
+            known_epoch=None if opens else step.epoch,
+            k=1 if opens else 2,
+            cert=step.cert,
+            now_s=self._loop.time(),
+        )
+        self._feed(verdict.outputs)
+        return verdict
+
+    def admits_new(self, epoch: Epoch) -> bool:
+        """Whether a new sequence may be opened in `epoch` here."""
+        verdict = self.machine.admit_epoch(epoch, known_epoch=None, k=1, cert=None, now_s=self._loop.time())
+        return isinstance(verdict, Accepted)
+
+    def learn_cert(self, cert: Cert) -> None:
+        """A certificate that came with a refusal."""
+        self._feed(self.machine.learn_cert(cert, self._loop.time()))
+
+    def note_blocked(self, notice: PlanBlocked) -> None:
+        """The coordinator says that no plan can be made, or that one can again."""
+        self.blocked = None if notice.code is None else notice
+        self._on_change()
+
+    # --- outputs ---
+
+    def _feed(self, outputs: list[Output]) -> None:
+        self._outputs.extend(outputs)
+        if self._is_carrying_out:
+            return
+        self._is_carrying_out = True
+        try:
+            while self._outputs:
+                self._carry_out(self._outputs.popleft())
+        finally:
+            self._is_carrying_out = False
+
+    def _carry_out(self, output: Output) -> None:
+        assert self._epochs is not None
+        match output:
+            case Send(to, message):
+                self._courier.send(to, message, channel="control")
+            case StartPrepare(epoch, plan):
+                log.info("plan received epoch=%d term=%d", epoch.n, epoch.ballot.term)
+                self._epochs.prepare(epoch, plan)
+            case DropPrepared(epoch):
+                self._epochs.drop(epoch)
+            case Committed():
+                self._commit(output)
+            case ReleaseDraining(epoch, is_forced):
+                self._epochs.release(epoch, "the plan changed" if is_forced else "drained")
+            case PlanWanted():
+                self._start_planning(output)
+            case PlanImpossible(_, reason):
+                log.warning("no plan is possible: %s", reason)
+            case PersistTerm(term):
+                self._save_term(term)
+            case LeaveComplete(reason):
+                log.info("leave complete: %s", reason)
+                self.has_left.set()
+            case BecameCoordinator() | LostCoordinator() | CoordinatorChanged() | HostJoined() | HostLost():
+                self._note_change(output)
+            case _:
+                assert_never(output)
+
+    def _commit(self, output: Committed) -> None:
+        assert self._epochs is not None
+        self._epochs.commit(output.epoch, output.cert, self._loop.time())
+        self.blocked = None
+        plan = self._epochs.committed.plan if self._epochs.committed is not None else None
+        reason = plan.reason if plan is not None else ""
+        log.info(
+            "plan committed epoch=%d term=%d reason=%s", output.epoch.n, output.epoch.ballot.term, reason
+        )
+        self._on_replan(reason)
+        self._on_change()
+
+    def _note_change(
+        self, output: BecameCoordinator | LostCoordinator | CoordinatorChanged | HostJoined | HostLost
+    ) -> None:
+        match output:
+            case BecameCoordinator(ballot, why):
+                log.info("this node coordinates term=%d reason=%s", ballot.term, why)
+            case LostCoordinator(reason):
+                log.info("this node no longer coordinates reason=%s", reason)
+                self._stop_planning()
+            case CoordinatorChanged(node):
+                log.info("coordinator is %s", short(node) if node is not None else "unknown")
+            case HostJoined(node):
+                log.info("host joined node=%s", short(node))
+                self._tell_blocked(node)
+            case HostLost(node, reason):
+                log.info("host lost node=%s reason=%s", short(node), reason)
+        self._on_change()
+
+    # --- planning ---
+
+    def _start_planning(self, wanted: PlanWanted) -> None:
+        self._stop_planning()
+        self._planning = self._group.create_task(self._plan(wanted), name=f"plan-{wanted.request_id}")
+
+    def _stop_planning(self) -> None:
+        if self._planning is not None:
+            self._planning.cancel()
+            self._planning = None
+
+    async def _plan(self, wanted: PlanWanted) -> None:
+        answer = await self._planner.plan(wanted, self._present_plan())
+        if isinstance(answer, NoPlan):
+            self._set_blocked(answer.notice, wanted)
+            self._feed(self.machine.plan_ready(wanted.request_id, None, self._loop.time()))
+        else:
+            self._set_blocked(None, wanted)
+            self._feed(self.machine.plan_ready(wanted.request_id, answer, self._loop.time()))
+
+    def _present_plan(self) -> Plan | None:
+        assert self._epochs is not None
+        return self._epochs.committed.plan if self._epochs.committed is not None else None
+
+    def _set_blocked(self, notice: PlanBlocked | None, wanted: PlanWanted) -> None:
+        if notice != self.blocked:
+            self.blocked = notice
+            for node in wanted.hosts:
+                self._tell_blocked(node)
+            self._on_change()
+
+    def _tell_blocked(self, node: str) -> None:
+        if node == self._courier.node_id:
+            return
+        notice = self.blocked or PlanBlocked(
+            code=None, message="", next_step="", needed_bytes=None, room_bytes=None
+        )
+        self._courier.send(node, notice, channel="control")

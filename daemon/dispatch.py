@@ -1,0 +1,147 @@
+"""Hands every message of a peer to the part that it is for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import assert_never, cast
+
+import msgspec
+
+from daemon.coordinator import CoordinationLoop
+from daemon.courier import Courier, Payload
+from daemon.epochs import Epochs
+from daemon.gateway import Gateway
+from daemon.links import LinkMonitor
+from daemon.roster import Roster
+from daemon.stages import StageHost
+from hexmesh.wire.codec import Codec
+from hexmesh.wire.control import (
+    CONTROL_MESSAGE,
+    Ack,
+    Ask,
+    Beat,
+    CertMessage,
+    ControlMessage,
+    Grant,
+    Hello,
+    Nack,
+    Prepare,
+    Yield,
+)
+from hexmesh.wire.data import (
+    DATA_MESSAGE,
+    Generate,
+    GenerateCancel,
+    Generated,
+    GenerateFailed,
+    ReplicaStats,
+    Step,
+    StepRefused,
+    StepResult,
+)
+from hexmesh.wire.facts import (
+    FACTS_MESSAGE,
+    Facts,
+    Ping,
+    Pong,
+    ProbeAnswer,
+    ProbeAsk,
+    ProbeChunk,
+    ProbeEnd,
+    ProbeReport,
+)
+from hexmesh.wire.notice import NOTICE_MESSAGE, PlanBlocked
+
+log = logging.getLogger("hexmesh.dispatch")
+
+DataMessage = DATA_MESSAGE
+FactsMessage = FACTS_MESSAGE
+PeerMessage = ControlMessage | DataMessage | FactsMessage | PlanBlocked
+
+PEER_MESSAGES: Codec[PeerMessage] = Codec(
+    CONTROL_MESSAGE | DATA_MESSAGE | FACTS_MESSAGE | NOTICE_MESSAGE, name="peer"
+)
+"""Everything that members send each other once both have greeted."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Dispatcher:
+    """Knows the parts of a node; holds no state of its own but the replicas' last figures."""
+
+    courier: Courier
+    coordination: CoordinationLoop
+    epochs: Epochs
+    stages: StageHost
+    gateway: Gateway
+    links: LinkMonitor
+    roster: Roster
+    stats: dict[str, ReplicaStats]
+
+    def on_message(self, src: str, message: msgspec.Struct, payload: Payload) -> None:
+        """A message from `src`, which may be this node itself."""
+        known = cast(PeerMessage, message)
+        match known:
+            case Hello() | Ask() | Grant() | Nack() | Beat() | Ack() | Prepare() | CertMessage() | Yield():
+                self._on_control(src, known)
+            case Step():
+                self.stages.on_step(known, payload)
+            case StepResult() | StepRefused():
+                self._on_step_answer(known)
+            case Generate():
+                self._on_generate(src, known)
+            case Generated() | GenerateFailed():
+                self.gateway.on_message(known)
+            case GenerateCancel():
+                for driver in self.epochs.drivers():
+                    driver.cancel(known)
+            case ReplicaStats():
+                self.on_stats(known)
+            case Facts():
+                self.roster.learn(known.record)
+            case Ping() | Pong() | ProbeAsk() | ProbeAnswer() | ProbeChunk() | ProbeReport() | ProbeEnd():
+                self.links.receive(src, known, payload)
+            case PlanBlocked():
+                if src == self.coordination.machine.coordinator:
+                    self.coordination.note_blocked(known)
+            case _:
+                assert_never(known)
+
+    def on_stats(self, stats: ReplicaStats) -> None:
+        """What a replica does just now, if it is of an epoch held here."""
+        committed = self.epochs.committed
+        if committed is not None and stats.epoch == committed.epoch:
+            self.stats[stats.replica] = stats
+        self.epochs.on_stats(stats)
+
+    def _on_control(self, src: str, message: ControlMessage) -> None:
+        if message.header.src != src:
+            log.warning("control message refused peer=%s claims_to_be=%s", src, message.header.src)
+            return
+        self.coordination.receive(message)
+
+    def _on_step_answer(self, answer: StepResult | StepRefused) -> None:
+        driver = self.epochs.driver(answer.epoch, answer.replica)
+        if isinstance(answer, StepResult):
+            if driver is not None:
+                driver.on_result(answer)
+            return
+        if answer.cert is not None:
+            self.coordination.learn_cert(answer.cert)
+        if driver is not None:
+            driver.on_refused(answer)
+
+    def _on_generate(self, src: str, message: Generate) -> None:
+        driver = self.epochs.driver(message.epoch, message.replica)
+        if driver is not None and self.coordination.admits_new(message.epoch):
+            driver.submit(src, message, time.monotonic())
+            return
+        failed = GenerateFailed(
+            sequence=message.sequence,
+            attempt=message.attempt,
+            reason="another plan is committed at its driver",
+            retry=True,
+            cert=self.coordination.machine.cert,
+        )
+        self.courier.send(src, failed)

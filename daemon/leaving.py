@@ -1,0 +1,45 @@
+"""A clean leave: no new requests, the mesh plans without this node, what runs here ends, then silence."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from daemon.snapshot import MeshState
+
+progress = logging.getLogger("hexmesh.progress")
+
+REPLAN_PATIENCE_S = 5.0
+"""How long the mesh gets to plan without this node."""
+DRAIN_PATIENCE_S = 20.0
+"""How long requests that entered or run here get to end."""
+_POLL_S = 0.02
+
+
+async def drain(state: MeshState) -> None:
+    """Leave the mesh's plan and let requests end; returns when nothing needs this node, or patience ends."""
+    state.is_leaving = True
+    progress.info("leaving: the mesh plans without this node")
+    state.coordination.leave()
+    is_gone = await _until(lambda: _needs_no_more(state), REPLAN_PATIENCE_S)
+    if not is_gone:
+        progress.info("leaving although the mesh has no plan without this node")
+        return
+    if not await _until(lambda: not state.gateway.flights() and state.epochs.draining is None, DRAIN_PATIENCE_S):
+        progress.info("leaving with %d requests under way", len(state.gateway.flights()))
+
+
+def _needs_no_more(state: MeshState) -> bool:
+    blocked = state.coordination.blocked is not None
+    return state.coordination.has_left.is_set() or (blocked and not state.gateway.flights())
+
+
+async def _until(holds: Callable[[], bool], patience_s: float) -> bool:
+    deadline_s = time.monotonic() + patience_s
+    while not holds():
+        if time.monotonic() >= deadline_s:
+            return False
+        await asyncio.sleep(_POLL_S)
+    return True

@@ -1,0 +1,483 @@
+"""The composition root: one running node of a mesh, from its options to its last breath. Read this file first.
+
+    options -> membership (found, join or rejoin) -> Node
+
+A Node is one task group. In it run the peer network, the workers (one process a device), the coordination loop, the
+epochs' drivers, link probes, the DHT and the HTTP surface. Parts do not know each other: they get callbacks here, and
+messages reach them through `Dispatcher`. What they decide is in `hexmesh/`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
+from typing import NoReturn
+
+import msgspec
+
+from daemon.access import HttpOptions, read_api_keys
+from daemon.address import parse_address
+from daemon.admission import Admission
+from daemon.config import JoinOptions
+from daemon.coordinator import CoordinationLoop
+from daemon.courier import Channel, Payload
+from daemon.devices import MeasurementCache
+from daemon.dht import DhtOptions, MeshDht
+from daemon.dispatch import PEER_MESSAGES, Dispatcher
+from daemon.epochs import Epochs
+from daemon.facts import FactsPublisher, RecordClock, RecordStamp
+from daemon.founding import Member, become_member
+from daemon.gateway import Gateway
+from daemon.greeting import LocalPeer
+from daemon.host_devices import HostDevices
+from daemon.http import HttpSurface
+from daemon.leaving import drain
+from daemon.links import LinkMonitor
+from daemon.mesh_service import NodeService, blocker_error
+from daemon.peers import PeerEvents, PeerNetwork
+from daemon.pipeline import StepTrace
+from daemon.planning import MeshPlanner, PlannedModel
+from daemon.reporting import Reporter
+from daemon.roster import Roster
+from daemon.runfile import Run, remove_run, write_run
+from daemon.service import ServedModel
+from daemon.service_group import ServiceGroup
+from daemon.snapshot import MeshState
+from daemon.stages import ModelFiles, StageHost
+from daemon.telemetry import Telemetry
+from daemon.views import UpLine
+from daemon.workers import Workshop
+from hexmesh import __version__
+from hexmesh.errors import Busy, Lost
+from hexmesh.ids import NodeId, new_boot
+from hexmesh.membership.coordination import Coordination
+from hexmesh.membership.records import DeviceFacts, NodeRecord
+from hexmesh.membership.timers import Timers
+from hexmesh.plan import DtypeName
+from hexmesh.serving.batcher import BatchLimits
+from hexmesh.wire.data import ReplicaStats
+from hexmesh.wire.facts import Facts
+from hexmesh.wire.peering import PROTOCOL_VERSION, MemberAddress
+from hexmesh.workload import Workload
+
+log = logging.getLogger("hexmesh.node")
+progress = logging.getLogger("hexmesh.progress")
+
+FIRST_TOKEN_USES = 16
+FIRST_TOKEN_TTL_S = 3600.0
+
+
+async def run_node(options: JoinOptions, on_up: Callable[[UpLine], None]) -> int:
+    """Run a node until it is told to leave; the process's exit code. Raises HexmeshError when it cannot start."""
+    async with become_member(options) as member:
+        return await Node(options, member).run(on_up)
+
+
+class Node:
+    """Owner of everything that runs for one membership in one process."""
+
+    def __init__(self, options: JoinOptions, member: Member) -> None:
+        self._options = options
+        self._member = member
+        self._rng = random.SystemRandom()
+        self._boot = new_boot(self._rng)
+        self._loop = asyncio.get_running_loop()
+        self._leave_asked = asyncio.Event()
+        self._forgets = False
+        self._facts: tuple[DeviceFacts, ...] = ()
+
+    async def run(self, on_up: Callable[[UpLine], None]) -> int:
+        """Serve until asked to leave, then leave."""
+        async with AsyncExitStack() as stack:
+            workshop = await stack.enter_async_context(Workshop())
+            self._network = await stack.enter_async_context(self._make_network())
+            group = await stack.enter_async_context(ServiceGroup())
+            stack.callback(group.stop)
+            self._compose_knowledge(group)
+            self._compose_serving(group, workshop)
+            stack.callback(self._devices.close)
+            http = await stack.enter_async_context(self._make_http())
+            self._announce_up(http, on_up, stack)
+            self._start_services(group)
+            with self._signals_ask_to_leave():
+                await self._leave_asked.wait()
+                await drain(self._state)
+            self._epochs.close("this node is leaving")
+            await self._network.flush(1.0)
+        if self._forgets:
+            await asyncio.to_thread(self._member.state.forget)
+        progress.info("left the mesh for good" if self._forgets else "stopped; the same command rejoins")
+        return 0
+
+    # --- what a courier does ---
+
+    @property
+    def node_id(self) -> str:
+        return self._member.node_id
+
+    def send(
+        self, to: str, message: msgspec.Struct, payload: Payload = b"", *, channel: Channel = "data"
+    ) -> bool:
+        """Queue a message for any node, this one included."""
+        if to == self.node_id:
+            self._loop.call_soon(self._dispatcher.on_message, to, message, payload)
+            return True
+        try:
+            self._network.send(NodeId(to), message, payload, channel)
+        except (Busy, Lost) as error:
+            log.debug("not sent to=%s reason=%s", to, error.message)
+            return False
+        return True
+
+    # --- composition ---
+
+    def _make_network(self) -> PeerNetwork:
+        member = self._member
+        local = LocalPeer(
+            node_id=member.node_id,
+            boot=self._boot,
+            name=self._options.name,
+            address=str(member.address),
+            tls=member.state.tls_files(member.membership),
+        )
+        self._admission = Admission(
+            member.state, member.membership, member.node_id, str(member.address), self._member_addresses
+        )
+        events = PeerEvents(
+            on_message=lambda peer, message, payload: self._dispatcher.on_message(peer, message, payload),
+            on_peer_up=self._on_peer_up,
+            on_peer_down=self._on_peer_down,
+            on_refused=self._on_peer_gone,
+            on_channel_lost=self._on_channel_lost,
+            admit=self._admission.admit,
+        )
+        return PeerNetwork(local, member.listener, events, decode=PEER_MESSAGES.decode)
+
+    def _compose_knowledge(self, group: ServiceGroup) -> None:
+        """Who is there and what they have: records, links, DHT, and the plan made of them."""
+        member, options = self._member, self._options
+        self._roster = Roster(member.attestor, on_address=self._on_address, on_change=self._on_record)
+        self._links = LinkMonitor(self, rng=self._rng, on_change=lambda: self._publisher.touch())
+        self._dht = MeshDht(
+            DhtOptions(
+                identity_path=member.state.dht_identity_file,
+                listen_host=member.listen_host,
+                port=options.dht_port,
+                initial_peers=tuple(member.membership.dht_initial_peers),
+            ),
+            member.attestor,
+            on_record=self._roster.learn,
+        )
+        self._publisher = FactsPublisher(
+            describe=self._describe,
+            attestor=member.attestor,
+            clock=RecordClock(options.state_dir / "records.json"),
+            publish=self._publish,
+        )
+        model = member.model
+        self._planner = MeshPlanner(
+            PlannedModel(
+                model_id=model.id,
+                name=model.name,
+                spec=model.spec,
+                dtype=self._dtype(),
+                max_model_tokens=model.spec.max_position_tokens,
+                workload=Workload(),
+            ),
+            self._roster.directory,
+        )
+        self._telemetry = Telemetry(model_name=model.name, alias_vllm=options.metrics_alias == "vllm")
+        self._coordination = CoordinationLoop(
+            machine=Coordination(
+                member.node_id,
+                self._boot,
+                rank=0,
+                timers=Timers(),
+                sign=member.attestor.sign,
+                verify=self._roster.has_signed,
+                highest_term_seen=member.state.highest_term(),
+                rng=self._rng,
+                now_s=self._loop.time(),
+                min_nodes=options.min_nodes,
+            ),
+            courier=self,
+            group=group,
+            planner=self._planner,
+            save_term=member.state.save_highest_term,
+            on_change=self._on_coordination_change,
+            on_replan=self._on_committed,
+        )
+
+    def _compose_serving(self, group: ServiceGroup, workshop: Workshop) -> None:
+        """What runs requests: workers, stages, drivers and the gateway."""
+        member = self._member
+        self._devices = HostDevices(
+            member.devices,
+            workshop=workshop,
+            group=group,
+            cpu_affinity=self._options.cpu_affinity,
+            on_worker_died=lambda worker, reason: self._stages.worker_died(worker, reason),
+            on_stage_failed=lambda stage, reason: self._stages.stage_failed(stage, reason),
+        )
+        self._stages = StageHost(
+            courier=self,
+            group=group,
+            files=ModelFiles(folder=str(member.model.files.folder), model_id=member.model.id),
+            budgets=self._devices.budgets(),
+            worker_of=self._devices.worker,
+            admit=self._coordination.admit,
+            on_broken=self._coordination.broken,
+        )
+        self._epochs = Epochs(
+            courier=self,
+            group=group,
+            stages=self._stages,
+            limits=BatchLimits(),
+            on_loaded=self._coordination.loaded,
+            on_load_failed=self._coordination.load_failed,
+            on_drained=self._coordination.drained,
+            on_broken=self._coordination.broken,
+            on_step=self._on_step,
+        )
+        self._coordination.attach(self._epochs)
+        self._gateway = Gateway(
+            courier=self,
+            route=lambda: self._state.route(),
+            blocker=lambda: blocker_error(self._state.readiness()),
+            on_recovered=lambda: self._telemetry.count_recovery("replay"),
+        )
+        stats: dict[str, ReplicaStats] = {}
+        self._state = MeshState(
+            node_id=member.node_id,
+            name=self._options.name,
+            mesh_id=member.membership.mesh_id,
+            model_name=member.model.name,
+            dtype=member.membership.dtype,
+            directory=self._roster.directory,
+            coordination=self._coordination,
+            epochs=self._epochs,
+            gateway=self._gateway,
+            links=self._links,
+            stats=stats,
+            loop_time=self._loop.time,
+            starting="this node starts its workers and measures its devices",
+        )
+        self._dispatcher = Dispatcher(
+            courier=self,
+            coordination=self._coordination,
+            epochs=self._epochs,
+            stages=self._stages,
+            gateway=self._gateway,
+            links=self._links,
+            roster=self._roster,
+            stats=stats,
+        )
+        self._reporter = Reporter(
+            courier=self, state=self._state, telemetry=self._telemetry, dispatcher=self._dispatcher
+        )
+
+    def _make_http(self) -> HttpSurface:
+        options, model = self._options, self._member.model
+        service = NodeService(
+            model=ServedModel(
+                name=model.name,
+                root=model.files.root,
+                folder=str(model.files.folder),
+                created_s=int(time.time()),
+                max_model_tokens=model.spec.max_position_tokens,
+                vocab_size=model.spec.vocab_size,
+                eos_token_ids=model.spec.eos_token_ids,
+                bos_token_id=model.spec.bos_token_id,
+            ),
+            state=self._state,
+            gateway=self._gateway,
+            admission=self._admission,
+            registry=self._telemetry.registry,
+            ask_to_leave=self._ask_to_leave,
+        )
+        http_options = HttpOptions(
+            host=options.http_listen,
+            port=options.http_port,
+            api_keys=read_api_keys(options.api_key_file) if options.api_key_file is not None else (),
+            admin_key=self._member.state.admin_key(),
+            is_open=options.no_auth,
+        )
+        return HttpSurface(service, http_options, self._telemetry)
+
+    # --- starting ---
+
+    def _announce_up(
+        self, http: HttpSurface, on_up: Callable[[UpLine], None], stack: AsyncExitStack
+    ) -> None:
+        options, member = self._options, self._member
+        write_run(options.state_dir, Run(os.getpid(), http.url))
+        stack.callback(remove_run, options.state_dir, os.getpid())
+        issued = None
+        if self._admission.may_admit:
+            issued = self._admission.create_token(ttl_s=FIRST_TOKEN_TTL_S, uses=FIRST_TOKEN_USES)
+        progress.info("serving HTTP at %s", http.url, extra={"event": "up"})
+        if member.address.is_loopback:
+            progress.info("only this machine can join; use --listen")
+        if issued is not None:
+            progress.info("others join with:  %s", issued.join_command)
+        on_up(
+            UpLine(
+                node_id=member.node_id,
+                name=options.name,
+                http_url=http.url,
+                peer_addr=str(member.address),
+                join_command=issued.join_command if issued is not None else None,
+                token_expires_s=issued.expires_s if issued is not None else None,
+            )
+        )
+
+    def _start_services(self, group: ServiceGroup) -> None:
+        for known in self._member.membership.members:
+            if known.node_id != self.node_id:
+                address = parse_address(known.address)
+                self._on_address(known.node_id, address.host, address.port)
+                self._network.connect(NodeId(known.node_id))
+                self._dht.add_peers(known.dht_maddrs)
+        group.create_task(self._publisher.run(), name="publish-facts")
+        group.create_task(self._links.run(), name="measure-links")
+        group.create_task(self._dht.run(), name="dht")
+        group.create_task(self._reporter.run(), name="report")
+        group.create_task(self._take_part(), name="coordinate")
+
+    async def _take_part(self) -> NoReturn:
+        """Measure, tell, then coordinate: a node that plans cannot use takes no leases."""
+        started_s = time.monotonic()
+        await self._devices.start()
+        progress.info("workers are up after %.1f s; measuring devices", time.monotonic() - started_s)
+        cache = MeasurementCache(self._options.state_dir / "devices.json")
+        self._facts = await self._devices.measure(self._dtype(), cache)
+        await self._publisher.publish_now()
+        self._state.starting = None
+        progress.info("devices measured after %.1f s; taking part", time.monotonic() - started_s)
+        for record in self._roster.directory.records():
+            self._coordination.peer_reachable(record.node)
+        for known in self._member.membership.members:
+            self._coordination.peer_reachable(known.node_id)
+        await self._coordination.run()
+
+    # --- what happens to peers ---
+
+    def _on_address(self, node: str, host: str, port: int) -> None:
+        self._network.learn_address(NodeId(node), host, port)
+        if self._state_takes_part():
+            self._coordination.peer_reachable(node)
+        else:
+            self._network.connect(NodeId(node))
+
+    def _on_record(self, record: NodeRecord) -> None:
+        if record.node != self.node_id:
+            self._dht.add_peers(record.dht_maddrs)
+        self._planner.facts_changed()
+        if self._state_takes_part():
+            self._coordination.facts_changed()
+
+    def _on_peer_up(self, node: str) -> None:
+        for signed in self._roster.directory.signed():
+            self.send(node, Facts(record=signed), channel="control")
+        self._links.connected(node)
+
+    def _on_peer_down(self, node: str, reason: str) -> None:
+        self._links.disconnected(node)
+
+    def _on_peer_gone(self, node: str) -> None:
+        self._coordination.connection_refused(node)
+        self._reporter.node_lost(node, "its process is gone")
+
+    def _on_channel_lost(self, node: str, channel: Channel, reason: str) -> None:
+        if channel == "data":
+            for driver in list(self._epochs.drivers()):
+                driver.link_reset(node)
+            self._gateway.link_lost(node, f"the connection to its driver was cut: {reason}")
+
+    # --- what happens to plans ---
+
+    def _on_coordination_change(self) -> None:
+        self._gateway.routes_changed()
+
+    def _on_committed(self, reason: str) -> None:
+        self._reporter.plan_committed(reason)
+
+    def _on_step(self, trace: StepTrace) -> None:
+        self._telemetry.observe_step(trace.replica, trace.round_trip_s, trace.stage_seconds)
+
+    # --- what this node tells of itself ---
+
+    def _dtype(self) -> DtypeName:
+        dtype: DtypeName = msgspec.convert(self._member.membership.dtype, DtypeName)
+        return dtype
+
+    def _describe(self, stamp: RecordStamp, now_unix_s: float) -> NodeRecord:
+        options, member = self._options, self._member
+        return NodeRecord(
+            mesh_id=member.membership.mesh_id,
+            node=member.node_id,
+            boot=self._boot,
+            sequence=stamp.sequence,
+            made_at_unix_s=now_unix_s,
+            name=options.name,
+            site=options.site,
+            peer_address=str(member.address),
+            dht_maddrs=self._dht.maddrs,
+            http_url=None,
+            hexmesh_version=__version__,
+            protocol_version=PROTOCOL_VERSION,
+            model_id=member.model.id,
+            capabilities=("pipeline",),
+            devices=self._facts,
+            links=self._links.links(),
+        )
+
+    def _publish(self, signed: bytes) -> None:
+        self._roster.learn(signed)
+        self._dht.publish(signed)
+        for peer in self._network.peers():
+            if peer.is_up:
+                self.send(peer.node_id, Facts(record=signed), channel="control")
+
+    def _member_addresses(self) -> list[MemberAddress]:
+        return [
+            MemberAddress(
+                node_id=record.node,
+                name=record.name,
+                address=record.peer_address,
+                dht_maddrs=list(record.dht_maddrs),
+            )
+            for record in self._roster.directory.records()
+        ]
+
+    def _state_takes_part(self) -> bool:
+        return hasattr(self, "_state") and self._state.starting is None
+
+    # --- leaving ---
+
+    def _ask_to_leave(self, forget: bool) -> None:
+        self._forgets = self._forgets or forget
+        self._leave_asked.set()
+
+    @contextmanager
+    def _signals_ask_to_leave(self) -> Iterator[None]:
+        """SIGTERM and SIGINT leave cleanly; a second SIGINT ends the process at once, workers and all."""
+
+        def on_interrupt() -> None:
+            if self._leave_asked.is_set():
+                os._exit(130)
+            self._ask_to_leave(False)
+
+        self._loop.add_signal_handler(signal.SIGTERM, self._ask_to_leave, False)
+        self._loop.add_signal_handler(signal.SIGINT, on_interrupt)
+        try:
+            yield
+        finally:
+            self._loop.remove_signal_handler(signal.SIGTERM)
+            self._loop.remove_signal_handler(signal.SIGINT)

@@ -1,0 +1,147 @@
+"""Makes a plan out of what is known: waits briefly for facts that are on their way, then searches off the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from hexmesh.cluster import Cluster
+from hexmesh.ids import short
+from hexmesh.membership.outputs import PlanEnvelope, PlanWanted
+from hexmesh.membership.records import Directory
+from hexmesh.model_spec import ModelSpec
+from hexmesh.plan import DtypeName, Plan, digest_of, encode_plan
+from hexmesh.schedule.check import check_plan
+from hexmesh.schedule.layout import lay_out
+from hexmesh.schedule.misfit import NoFit
+from hexmesh.units import show_bytes
+from hexmesh.wire.notice import PlanBlocked
+from hexmesh.workload import Workload
+
+log = logging.getLogger("hexmesh.planning")
+
+FACTS_PATIENCE_S = 3.0
+"""How long a plan waits for a host's devices and links before it does without them."""
+LOAD_BYTES_PER_S = 200e6
+"""A cautious estimate of how fast weights are read, for the time hosts are given to get ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoPlan:
+    """Nothing fits; `notice` says why, for everyone."""
+
+    notice: PlanBlocked
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """What is planned for."""
+
+    model_id: str
+    name: str
+    spec: ModelSpec
+    dtype: DtypeName
+    max_model_tokens: int
+    workload: Workload
+
+
+class MeshPlanner:
+    """Plans over the directory's facts; remembers which facts the last plan could use."""
+
+    def __init__(self, model: PlannedModel, directory: Directory) -> None:
+        self._model = model
+        self._directory = directory
+        self._facts_changed = asyncio.Event()
+        self._used_facts: set[tuple[str, str]] = set()
+
+    def facts_changed(self) -> None:
+        """The directory has news."""
+        self._facts_changed.set()
+        self._facts_changed = asyncio.Event()
+
+    def has_more_facts(self, hosts: Iterable[str]) -> bool:
+        """Whether a host or a link among `hosts` can be planned with now that the last plan had to ignore."""
+        return bool(self._facts_of(hosts) - self._used_facts)
+
+    async def plan(self, wanted: PlanWanted, current: Plan | None) -> PlanEnvelope | NoPlan:
+        """The plan for exactly the hosts that are wanted, or why there is none."""
+        usable = wanted.hosts.keys() - wanted.excluded.keys()
+        await self._wait_for_facts(usable)
+        cluster = self._directory.cluster(usable)
+        self._used_facts = self._facts_of(usable)
+        started_s = time.monotonic()
+        answer = await asyncio.to_thread(self._search, cluster, wanted.hosts, wanted.reason, current)
+        search_s = time.monotonic() - started_s
+        if isinstance(answer, NoFit):
+            log.info("no plan fits search_s=%.3f %s", search_s, answer.message)
+            return NoPlan(_notice(answer))
+        log.info("planned search_s=%.3f reason=%s: %s", search_s, wanted.reason, _summary(answer, cluster))
+        faults = check_plan(answer, cluster, self._model.spec)
+        assert not faults, faults
+        data = encode_plan(answer)
+        load_s = max(stage.needed_bytes for stage in answer.replicas[0].stages) / LOAD_BYTES_PER_S
+        return PlanEnvelope(plan=data, digest=digest_of(data), hosts=wanted.hosts, load_estimate_s=load_s)
+
+    def _search(
+        self, cluster: Cluster, hosts: Mapping[str, int], reason: str, current: Plan | None
+    ) -> Plan | NoFit:
+        model = self._model
+        return lay_out(
+            cluster,
+            model.spec,
+            model.dtype,
+            model.workload,
+            model_id=model.model_id,
+            model_name=model.name,
+            hosts=hosts,
+            max_model_tokens=model.max_model_tokens,
+            reason=reason,
+            current=current,
+        )
+
+    async def _wait_for_facts(self, hosts: Iterable[str]) -> None:
+        wanted = {(src, dst) for src in hosts for dst in hosts}
+        deadline_s = time.monotonic() + FACTS_PATIENCE_S
+        while (missing := wanted - self._facts_of(hosts)) and time.monotonic() < deadline_s:
+            changed = self._facts_changed
+            try:
+                async with asyncio.timeout(deadline_s - time.monotonic()):
+                    await changed.wait()
+            except TimeoutError:
+                break
+        if missing:
+            shown = ", ".join(_show_fact(*fact) for fact in sorted(missing)[:4])
+            log.info("planning without %d facts: %s", len(missing), shown)
+
+    def _facts_of(self, hosts: Iterable[str]) -> set[tuple[str, str]]:
+        """(node, node) for measured devices, (source, destination) for measured links."""
+        cluster = self._directory.cluster(hosts)
+        return {(node.id, node.id) for node in cluster.nodes} | {
+            (link.src, link.dst) for link in cluster.links
+        }
+
+
+def _show_fact(src: str, dst: str) -> str:
+    return f"devices of {short(src)}" if src == dst else f"link {short(src)} to {short(dst)}"
+
+
+def _notice(answer: NoFit) -> PlanBlocked:
+    return PlanBlocked(
+        code="model_does_not_fit",
+        message=answer.message,
+        next_step=answer.next_step,
+        needed_bytes=answer.needed_bytes,
+        room_bytes=answer.room_bytes,
+    )
+
+
+def _summary(plan: Plan, cluster: Cluster) -> str:
+    stages = " -> ".join(
+        f"{cluster.node(stage.node).name}[{stage.start}-{stage.stop - 1}] {show_bytes(stage.needed_bytes)}"
+        for stage in plan.replicas[0].stages
+    )
+    replica = plan.replicas[0]
+    return f"{stages}; {replica.predicted_tokens_per_s:.0f} tokens/s with {replica.predicted_batch} sequences"

@@ -1,0 +1,424 @@
+"""What this node knows, as the read verbs show it: the one place that turns state into views."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from daemon.coordinator import CoordinationLoop
+from daemon.epochs import Epochs, HeldEpoch
+from daemon.gateway import Flight, Gateway, Route
+from daemon.links import LinkMonitor
+from daemon.views import (
+    Blocker,
+    BottleneckView,
+    DeviceView,
+    FlowView,
+    KvBlocksView,
+    LinkView,
+    MemberState,
+    MemberView,
+    NodeView,
+    PlanDeviceView,
+    PlanView,
+    Readiness,
+    ReplicaView,
+    RequestView,
+    StageView,
+    StatusView,
+    TopologyView,
+    UnusedView,
+)
+from hexmesh.ids import short
+from hexmesh.membership.members import MemberView as CoordinationMember
+from hexmesh.membership.records import Directory, NodeRecord
+from hexmesh.plan import Plan, Replica, Stage
+from hexmesh.serving.router import broken_stages, choose_replica
+from hexmesh.wire.data import ReplicaStats
+from hexmesh.wire.notice import PlanBlocked
+
+SUSPECT_S = 6.0
+"""A node silent for longer counts as failed."""
+
+
+@dataclass(slots=True, kw_only=True)
+class MeshState:
+    """Everything that views are made of; each part has its own owner, this only reads them."""
+
+    node_id: str
+    name: str
+    mesh_id: str
+    model_name: str
+    dtype: str | None
+    directory: Directory
+    coordination: CoordinationLoop
+    epochs: Epochs
+    gateway: Gateway
+    links: LinkMonitor
+    stats: dict[str, ReplicaStats]
+    loop_time: Callable[[], float]
+    starting: str | None
+    """What this node still does before it can take part; None once it does."""
+    is_leaving: bool = False
+
+    # --- routes and readiness ---
+
+    def lost_nodes(self) -> frozenset[str]:
+        """Hosts of the committed plan that do not answer us now."""
+        plan = self.plan_now()
+        members = self.coordination.machine.members(self.loop_time())
+        if plan is None:
+            return frozenset()
+        return frozenset(node for node in plan.hosts if not _answers(members.get(node)))
+
+    def route(self) -> Route | None:
+        """Where a new request goes now; None when no replica is whole."""
+        held = self.epochs.committed
+        if held is None or self.is_leaving:
+            return None
+        replica = choose_replica(held.plan, self.stats, self.lost_nodes())
+        if replica is None:
+            return None
+        nodes = frozenset(stage.node for stage in replica.stages)
+        return Route(held.epoch, replica.id, replica.driver, nodes)
+
+    def readiness(self) -> Readiness:
+        """Whether a request entering here can be routed end to end now, else why not."""
+        if self.is_leaving:
+            return _not_ready("leaving", "this node is leaving the mesh", "use another peer")
+        if self.route() is not None:
+            return Readiness(ready=True, blocker=None)
+        blocked = self.coordination.blocked
+        if blocked is not None:
+            return Readiness(ready=False, blocker=_blocker(blocked))
+        if self.starting is not None:
+            return _not_ready("starting", self.starting, "wait: hexmesh wait --ready")
+        return self._unplanned()
+
+    def _unplanned(self) -> Readiness:
+        plan = self.plan_now()
+        if plan is None:
+            holder = self.coordination.machine.coordinator
+            who = f"{self.name_of(holder)} coordinates" if holder is not None else "no coordinator yet"
+            return _not_ready(
+                "no_plan", f"no plan is committed here yet; {who}", "wait: hexmesh wait --ready"
+            )
+        lost = {node for replica in plan.replicas for node in broken_stages(replica, self.lost_nodes())}
+        names = ", ".join(sorted(self.name_of(node) for node in lost)) or "a stage"
+        return _not_ready(
+            "stage_lost", f"{names} cannot be reached; the mesh plans again", "retry in a few seconds"
+        )
+
+    # --- names and records ---
+
+    def plan_now(self) -> Plan | None:
+        return self.epochs.committed.plan if self.epochs.committed is not None else None
+
+    def name_of(self, node: str) -> str:
+        """The node's name, else the first digits of its id."""
+        record = self.directory.record(node)
+        return record.name if record is not None else short(node)
+
+    # --- the read verbs ---
+
+    def status(self) -> StatusView:
+        readiness = self.readiness()
+        running, waiting, total, free = self._load()
+        members = self.members()
+        return StatusView(
+            node=self.node_id,
+            name=self.name,
+            mesh=self.mesh_id,
+            model=self.model_name,
+            ready=readiness.ready,
+            blocker=readiness.blocker,
+            coordinator=self.coordination.machine.coordinator,
+            plan_id=self._plan_id(),
+            nodes_alive=sum(member.state == "alive" for member in members),
+            requests_running=running,
+            requests_waiting=waiting,
+            kv_blocks=KvBlocksView(free=free, used=total - free, cached=0, leased=0),
+        )
+
+    def members(self) -> list[MemberView]:
+        now_s = self.loop_time()
+        seen = self.coordination.machine.members(now_s)
+        views = []
+        for record in self.directory.records():
+            member = seen.get(record.node)
+            heard_s = member.last_heard_s if member is not None else None
+            views.append(
+                MemberView(
+                    id=record.node,
+                    name=record.name,
+                    address=record.peer_address,
+                    site=record.site,
+                    state=self._member_state(record, member, now_s),
+                    roles=self._roles(record.node),
+                    version=record.hexmesh_version,
+                    age_s=max(0.0, now_s - heard_s) if heard_s is not None else 0.0,
+                    rtt_s=None if record.node == self.node_id else self.links.rtt_s(record.node),
+                )
+            )
+        return views
+
+    def link_views(self) -> list[LinkView]:
+        used = self._links_in_use()
+        now_unix_s = time.time()
+        return [
+            LinkView(
+                src=facts.link.src,
+                dst=facts.link.dst,
+                rtt_p50_s=facts.link.rtt_p50_s,
+                rtt_p95_s=facts.link.rtt_p95_s,
+                bytes_per_s=facts.link.bytes_per_s,
+                lower_bound=facts.link.lower_bound,
+                age_s=max(0.0, now_unix_s - facts.measured_at_unix_s),
+                relayed=facts.relayed,
+                in_use=(facts.link.src, facts.link.dst) in used,
+            )
+            for record in self.directory.records()
+            for facts in record.links
+        ]
+
+    def topology(self) -> TopologyView:
+        plan, machine = self.plan_now(), self.coordination.machine
+        held = self.epochs.committed
+        members = {member.id: member for member in self.members()}
+        return TopologyView(
+            mesh_id=self.mesh_id,
+            model=self.model_name,
+            plan_id=self._plan_id(),
+            term=machine.term,
+            epoch=held.epoch.n if held is not None else None,
+            coordinator=machine.coordinator,
+            plan_reason=plan.reason if plan is not None else None,
+            plan_age_s=self._plan_age_s(held),
+            nodes=[
+                self._node_view(record, members[record.node].state) for record in self.directory.records()
+            ],
+            replicas=self._replica_views(),
+            flows=[FlowView(src=flow.src, dst=flow.dst, share=flow.share) for flow in plan.flows]
+            if plan
+            else [],
+            links=self.link_views(),
+            bottleneck=self._bottleneck(),
+            unused=self._unused(),
+        )
+
+    def plan(self) -> PlanView:
+        plan, held = self.plan_now(), self.epochs.committed
+        blocked = self.coordination.blocked
+        best = plan.replicas[0] if plan is not None else None
+        return PlanView(
+            plan_id=self._plan_id(),
+            epoch=held.epoch.n if held is not None else None,
+            reason=plan.reason if plan is not None else None,
+            model=self.model_name,
+            dtype=plan.dtype if plan is not None else self.dtype,
+            devices=self._plan_devices(plan),
+            replicas=self._replica_views(),
+            predicted_tokens_per_s=best.predicted_tokens_per_s if best is not None else None,
+            predicted_batch=best.predicted_batch if best is not None else None,
+            blocker=_blocker(blocked) if blocked is not None else None,
+            explanation=list(plan.explanation) if plan is not None else [],
+        )
+
+    def requests(self) -> list[RequestView]:
+        now_s = time.monotonic()
+        return [_request_view(flight, now_s) for flight in self.gateway.flights()]
+
+    # --- parts ---
+
+    def _plan_id(self) -> str | None:
+        held = self.epochs.committed
+        return held.digest[:12] if held is not None else None
+
+    def _plan_age_s(self, held: HeldEpoch | None) -> float | None:
+        if held is None or held.committed_s is None:
+            return None
+        return self.loop_time() - held.committed_s
+
+    def _load(self) -> tuple[int, int, int, int]:
+        """(running, waiting, KV blocks, free KV blocks) over the plan's replicas, as their drivers say."""
+        plan = self.plan_now()
+        running = waiting = total = free = 0
+        for replica in plan.replicas if plan is not None else ():
+            stats = self.stats.get(replica.id)
+            total += replica.kv_blocks
+            free += stats.kv_blocks_free if stats is not None else replica.kv_blocks
+            running += stats.requests_running if stats is not None else 0
+            waiting += stats.requests_waiting if stats is not None else 0
+        return running, waiting, total, min(free, total)
+
+    def _member_state(
+        self, record: NodeRecord, member: CoordinationMember | None, now_s: float
+    ) -> MemberState:
+        if record.node == self.node_id:
+            return "left" if self.is_leaving else "alive" if self.starting is None else "joining"
+        if member is None or member.last_heard_s is None:
+            return "joining" if record.sequence and not record.devices else "failed"
+        if member.state == "leaving" or "left" in record.roles:
+            return "left"
+        if member.two_way:
+            return "alive"
+        return "suspect" if now_s - member.last_heard_s < SUSPECT_S else "failed"
+
+    def _roles(self, node: str) -> list[str]:
+        plan = self.plan_now()
+        roles = ["coordinator"] if node == self.coordination.machine.coordinator else []
+        for replica, index in plan.stages_of(node) if plan is not None else ():
+            roles.append(f"{replica.id} stage {index}")
+        return roles
+
+    def _links_in_use(self) -> set[tuple[str, str]]:
+        plan = self.plan_now()
+        used = set()
+        for replica in plan.replicas if plan is not None else ():
+            nodes = [stage.node for stage in replica.stages]
+            used |= set(zip(nodes, [*nodes[1:], nodes[0]], strict=True))
+        return {(src, dst) for src, dst in used if src != dst}
+
+    def _node_view(self, record: NodeRecord, state: MemberState) -> NodeView:
+        used_bytes: dict[int, int] = {}
+        plan = self.plan_now()
+        for replica, index in plan.stages_of(record.node) if plan is not None else ():
+            for device in replica.stages[index].devices:
+                used_bytes[device] = used_bytes.get(device, 0) + replica.stages[index].needed_bytes
+        return NodeView(
+            id=record.node,
+            name=record.name,
+            site=record.site,
+            state=state,
+            capabilities=list(record.capabilities),
+            devices=[
+                DeviceView(
+                    index=facts.device.index,
+                    kind=facts.device.kind,
+                    name=facts.device.name,
+                    budget_bytes=facts.device.budget_bytes,
+                    used_bytes=used_bytes.get(facts.device.index, 0),
+                    flops_per_s=facts.device.flops_per_s,
+                    bytes_per_s=facts.device.bytes_per_s,
+                )
+                for facts in record.devices
+            ],
+        )
+
+    def _replica_views(self) -> list[ReplicaView]:
+        plan = self.plan_now()
+        return [self._replica_view(replica) for replica in plan.replicas] if plan is not None else []
+
+    def _replica_view(self, replica: Replica) -> ReplicaView:
+        stats = self.stats.get(replica.id)
+        n_used = stats.kv_blocks_total - stats.kv_blocks_free if stats is not None else None
+        return ReplicaView(
+            id=replica.id,
+            role=replica.role,
+            stages=[_stage_view(stage, n_used) for stage in replica.stages],
+            predicted_tokens_per_s=replica.predicted_tokens_per_s,
+            measured_tokens_per_s=stats.tokens_per_s if stats is not None else None,
+            requests_running=stats.requests_running if stats is not None else None,
+        )
+
+    def _bottleneck(self) -> BottleneckView | None:
+        """The busiest stage if anything ran lately, else the one predicted to be slowest."""
+        plan = self.plan_now()
+        if plan is None:
+            return None
+        replica = plan.replicas[0]
+        stats = self.stats.get(replica.id)
+        busy = stats.stage_busy if stats is not None else []
+        if len(busy) == len(replica.stages) and max(busy) > 0:
+            index = max(range(len(busy)), key=busy.__getitem__)
+            return _bottleneck_view(replica, index, busy[index])
+        slowest = max(range(len(replica.stages)), key=lambda at: replica.stages[at].predicted_step_s)
+        return _bottleneck_view(replica, slowest, None)
+
+    def _unused(self) -> list[UnusedView]:
+        plan = self.plan_now()
+        if plan is None:
+            return []
+        named = [UnusedView(node=one.node, device=one.device, reason=one.reason) for one in plan.unused]
+        outside = [
+            UnusedView(
+                node=record.node, device=facts.device.index, reason="its node is not in the present plan"
+            )
+            for record in self.directory.records()
+            if record.node not in plan.hosts
+            for facts in record.devices
+        ]
+        return named + outside
+
+    def _plan_devices(self, plan: Plan | None) -> list[PlanDeviceView]:
+        stages = {
+            (stage.node, device): stage
+            for replica in (plan.replicas if plan is not None else ())
+            for stage in replica.stages
+            for device in stage.devices
+        }
+        reasons = {(one.node, one.device): one.reason for one in self._unused()}
+        return [
+            PlanDeviceView(
+                node=record.node,
+                name=record.name,
+                device=facts.device.index,
+                layers=(stage.start, stage.stop) if stage is not None else None,
+                needed_bytes=stage.needed_bytes if stage is not None else 0,
+                room_bytes=facts.device.budget_bytes,
+                reason=reasons.get((record.node, facts.device.index), ""),
+            )
+            for record in self.directory.records()
+            for facts in record.devices
+            for stage in [stages.get((record.node, facts.device.index))]
+        ]
+
+
+def _answers(member: CoordinationMember | None) -> bool:
+    return member is not None and (member.two_way or member.state == "self")
+
+
+def _not_ready(code: str, message: str, next_step: str) -> Readiness:
+    return Readiness(ready=False, blocker=Blocker(code=code, message=message, next_step=next_step))
+
+
+def _blocker(blocked: PlanBlocked) -> Blocker:
+    return Blocker(
+        code=blocked.code or "blocked",
+        message=blocked.message,
+        next_step=blocked.next_step,
+        needed_bytes=blocked.needed_bytes,
+        room_bytes=blocked.room_bytes,
+    )
+
+
+def _stage_view(stage: Stage, n_used: int | None) -> StageView:
+    return StageView(
+        node=stage.node,
+        devices=list(stage.devices),
+        layers=(stage.start, stage.stop),
+        tp=len(stage.devices),
+        kv_blocks=stage.kv_blocks,
+        kv_blocks_free=stage.kv_blocks - n_used if n_used is not None else None,
+    )
+
+
+def _bottleneck_view(replica: Replica, index: int, utilisation: float | None) -> BottleneckView:
+    stage = replica.stages[index]
+    return BottleneckView(kind="stage", id=f"{replica.id}/{index}@{stage.node}", utilisation=utilisation)
+
+
+def _request_view(flight: Flight, now_s: float) -> RequestView:
+    return RequestView(
+        id=flight.request.request_id,
+        state="running" if flight.emitted else "waiting",
+        replica=flight.route.replica if flight.route is not None else None,
+        stage=None,
+        role="mixed",
+        prompt_tokens=len(flight.request.prompt),
+        output_tokens=len(flight.emitted),
+        age_s=now_s - flight.started_s,
+        attempts=flight.attempt,
+        kv_handoff=None,
+    )

@@ -1,0 +1,142 @@
+"""The mesh's certificate authority: a self-signed Ed25519 root that certifies node keys."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from hexmesh.errors import InvalidInput, Refused
+from hexmesh.identity.certificates import check_root, dht_uri, mesh_id_of, node_uri
+from hexmesh.identity.keys import NodeKey, node_id_of, private_key_from_pem, private_key_to_pem
+from hexmesh.ids import MeshId, NodeId
+
+NODE_VALIDITY = timedelta(days=365)
+"""How long a node certificate is valid. Nothing renews them yet; renewal will shorten this to 24 h."""
+
+ROOT_VALIDITY = timedelta(days=3650)
+
+CLOCK_SLACK = timedelta(minutes=5)
+"""Certificates are valid from this long before they are made: other hosts' clocks may be late."""
+
+_MAX_DHT_PEER_ID = 128
+
+
+class MeshAuthority:
+    """A mesh's root certificate with its key: whoever holds this decides who is a member."""
+
+    def __init__(self, private: Ed25519PrivateKey, root_der: bytes) -> None:
+        """Raises InvalidInput when key and certificate do not belong together."""
+        check_root(root_der)
+        root = x509.load_der_x509_certificate(root_der)
+        if root.public_key() != private.public_key():
+            raise InvalidInput("the authority's key does not belong to the root certificate", code="bad_key")
+        self._private = private
+        self._subject = root.subject
+        self.root_der = root_der
+        self.mesh_id: MeshId = mesh_id_of(root_der)
+
+    @classmethod
+    def found(cls, now: datetime) -> MeshAuthority:
+        """A new mesh's authority."""
+        private = Ed25519PrivateKey.generate()
+        own_fingerprint = node_id_of(private.public_key().public_bytes_raw())
+        name = x509.Name(
+            [
+                x509.NameAttribute(NameOID.ORGANIZATION_NAME, "hexmesh"),
+                x509.NameAttribute(NameOID.COMMON_NAME, f"hexmesh root {own_fingerprint[:16]}"),
+            ]
+        )
+        builder = _builder(name, name, private.public_key(), now, ROOT_VALIDITY)
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
+        builder = builder.add_extension(_key_usage(signs_certificates=True), critical=True)
+        root = builder.sign(private, algorithm=None)
+        return cls(private, root.public_bytes(Encoding.DER))
+
+    @classmethod
+    def from_pem(cls, key_pem: bytes, root_der: bytes) -> MeshAuthority:
+        return cls(private_key_from_pem(key_pem), root_der)
+
+    def key_to_pem(self) -> bytes:
+        """The root key, unencrypted: for a file that only its owner can read."""
+        return private_key_to_pem(self._private)
+
+    def issue(
+        self, csr_der: bytes, dht_peer_id: str, now: datetime, validity: timedelta = NODE_VALIDITY
+    ) -> bytes:
+        """A node certificate (DER) for the key that a request proves. Raises Refused or InvalidInput."""
+        public = _proven_key(csr_der)
+        _check_dht_peer_id(dht_peer_id)
+        node_id = node_id_of(public.public_bytes_raw())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, node_id)])
+        uris = [node_uri(self.mesh_id, node_id), dht_uri(self.mesh_id, dht_peer_id)]
+        names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri) for uri in uris])
+        usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])
+        builder = _builder(name, self._subject, public, now, validity)
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        builder = builder.add_extension(_key_usage(signs_certificates=False), critical=True)
+        builder = builder.add_extension(usages, critical=False)
+        builder = builder.add_extension(names, critical=False)
+        builder = builder.add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(self._private.public_key()), critical=False
+        )
+        return builder.sign(self._private, algorithm=None).public_bytes(Encoding.DER)
+
+    def __repr__(self) -> str:
+        return f"MeshAuthority({self.mesh_id})"
+
+
+def request_certificate(key: NodeKey) -> bytes:
+    """A PKCS #10 request (DER): the node's public key, signed by its private key."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, key.node_id)])
+    request = x509.CertificateSigningRequestBuilder().subject_name(name).sign(key.private, algorithm=None)
+    return request.public_bytes(Encoding.DER)
+
+
+def requesting_node(csr_der: bytes) -> NodeId:
+    """Node id of the key that a request proves to hold. Raises Refused."""
+    return node_id_of(_proven_key(csr_der).public_bytes_raw())
+
+
+def _proven_key(csr_der: bytes) -> Ed25519PublicKey:
+    try:
+        request = x509.load_der_x509_csr(csr_der)
+        public = request.public_key()
+        is_proven = request.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm) as error:
+        raise Refused("the certificate request cannot be read", code="bad_request") from error
+    if not isinstance(public, Ed25519PublicKey) or not is_proven:
+        raise Refused("the certificate request does not prove an Ed25519 key", code="bad_request")
+    return public
+
+
+def _check_dht_peer_id(dht_peer_id: str) -> None:
+    if not (0 < len(dht_peer_id) <= _MAX_DHT_PEER_ID and dht_peer_id.isascii() and dht_peer_id.isalnum()):
+        raise InvalidInput(f"{dht_peer_id[:40]!r} is not a libp2p peer id", code="bad_dht_peer_id")
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, public: Ed25519PublicKey, now: datetime, validity: timedelta
+) -> x509.CertificateBuilder:
+    builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(public)
+    builder = builder.serial_number(x509.random_serial_number())
+    builder = builder.not_valid_before(now - CLOCK_SLACK).not_valid_after(now + validity)
+    return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        encipher_only=False,
+        decipher_only=False,
+    )

@@ -1,0 +1,297 @@
+"""Node records: what a node says of itself, signed, and the directory of what all nodes say.
+
+A record is good by itself, wherever it comes from (DHT, a direct message, a third node): it carries the
+signer's certificates and a signature over the DHT key's hash, the subkey, the body and the expiration. The
+newest record of a node is the one with the highest sequence number, which grows across restarts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+from hexmesh.cluster import Cluster, Device, Link, Node
+from hexmesh.errors import Refused
+from hexmesh.ids import short
+
+Sign = Callable[[bytes], bytes]
+"""Signs a payload with the node's key."""
+
+Chain = tuple[bytes, ...]
+"""A node's certificate and the issuers' up to the root's, each DER."""
+
+VerifyMember = Callable[[Chain, bytes, bytes], str]
+"""(chain, payload, signature) -> node id of the member that signed; raises Refused."""
+
+MAX_RECORD_BYTES = 256 * 1024
+REFRESH_S = 20.0
+LIFETIME_S = 60.0
+MAX_LIFETIME_S = 2 * LIFETIME_S
+"""A record that claims to be good for longer is refused: it could not be replaced or forgotten."""
+
+_Text = Annotated[str, msgspec.Meta(max_length=256)]
+_Certificate = Annotated[bytes, msgspec.Meta(max_length=4096)]
+
+
+class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """A device as measured, with the spread of the measurement and its time."""
+
+    device: Device
+    n_threads: int
+    flops_spread: float
+    bytes_spread: float
+    measured_at_unix_s: float
+
+
+class LinkFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """A link as measured by its source."""
+
+    link: Link
+    measured_at_unix_s: float
+    relayed: bool = False
+
+
+class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a node tells the mesh about itself. `peer_address` is host:port."""
+
+    mesh_id: _Text
+    node: _Text
+    boot: int
+    sequence: int
+    made_at_unix_s: float
+    name: _Text
+    site: _Text
+    peer_address: _Text
+    dht_maddrs: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=16)]
+    http_url: _Text | None
+    hexmesh_version: _Text
+    protocol_version: int
+    model_id: _Text
+    roles: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=16)] = ()
+    capabilities: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=64)] = ()
+    devices: Annotated[tuple[DeviceFacts, ...], msgspec.Meta(max_length=64)] = ()
+    """Empty until they are measured: a node without devices takes no part in plans."""
+    links: Annotated[tuple[LinkFacts, ...], msgspec.Meta(max_length=1024)] = ()
+
+
+class SignedRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A record as it travels. `subkey` is the signer's node id."""
+
+    key_hash: Annotated[bytes, msgspec.Meta(min_length=20, max_length=20)]
+    subkey: _Text
+    body: Annotated[bytes, msgspec.Meta(max_length=MAX_RECORD_BYTES)]
+    expires_at_unix_s: float
+    chain: Annotated[tuple[_Certificate, ...], msgspec.Meta(max_length=4)]
+    signature: Annotated[bytes, msgspec.Meta(max_length=512)]
+
+    def payload(self) -> bytes:
+        """What the signature is over."""
+        return b"hexmesh-record-1\0" + msgspec.msgpack.encode(
+            (self.key_hash, self.subkey, self.body, self.expires_at_unix_s)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRecord:
+    """A verified record, how long it is good for, and the bytes to pass on."""
+
+    record: NodeRecord
+    key_hash: bytes
+    expires_at_unix_s: float
+    signed: bytes
+
+
+def facts_key(mesh_id: str) -> bytes:
+    """The DHT key under which the records of a mesh lie."""
+    return f"hexmesh/{mesh_id}/nodes".encode()
+
+
+def key_hash(key: bytes) -> bytes:
+    """A DHT key as hivemind's validators see it: 20 bytes of SHA-1."""
+    return hashlib.sha1(key, usedforsecurity=False).digest()
+
+
+def sign_record(record: NodeRecord, *, expires_at_unix_s: float, chain: Chain, sign: Sign) -> bytes:
+    """The record as bytes that any member can verify and pass on. Raises Refused if it is too large."""
+    unsigned = SignedRecord(
+        key_hash=key_hash(facts_key(record.mesh_id)),
+        subkey=record.node,
+        body=msgspec.msgpack.encode(record),
+        expires_at_unix_s=expires_at_unix_s,
+        chain=chain,
+        signature=b"",
+    )
+    signed = msgspec.structs.replace(unsigned, signature=sign(unsigned.payload()))
+    data = msgspec.msgpack.encode(signed)
+    _check_size(data)
+    return data
+
+
+def open_record(data: bytes, *, mesh_id: str, verify: VerifyMember, now_unix_s: float) -> KnownRecord:
+    """The record in `data`. Raises Refused unless a member of this mesh signed exactly this about itself."""
+    signed, record = _read(data)
+    if signed.key_hash != key_hash(facts_key(mesh_id)) or record.mesh_id != mesh_id:
+        raise _bad(f"a record of {short(record.node)} is of another mesh")
+    _check_lifetime(signed, now_unix_s)
+    signer = verify(signed.chain, signed.payload(), signed.signature)
+    if not signer == signed.subkey == record.node:
+        raise _bad(f"{short(signer)} signed a record of {short(record.node)} under {short(signed.subkey)}")
+    _check_figures(record)
+    return KnownRecord(
+        record=record,
+        key_hash=signed.key_hash,
+        expires_at_unix_s=signed.expires_at_unix_s,
+        signed=data,
+    )
+
+
+class RecordHead(NamedTuple):
+    """Where a record belongs in the DHT, and until when."""
+
+    subkey: str
+    expires_at_unix_s: float
+
+
+def record_head(data: bytes) -> RecordHead:
+    """The head of a record that was signed or opened here; nothing is verified. Raises Refused."""
+    signed = _read(data)[0]
+    return RecordHead(signed.subkey, signed.expires_at_unix_s)
+
+
+class Directory:
+    """The newest record of every node, and the cluster that they add up to.
+
+    Pure: it never looks at a clock. Records stay for `KEEP_S` after they expire, because a host that still
+    answers beats is planned with its last known facts even when its records stop coming.
+    """
+
+    KEEP_S = 600.0
+
+    def __init__(self) -> None:
+        self._known: dict[str, KnownRecord] = {}
+
+    def merge(self, known: KnownRecord) -> bool:
+        """Take in a verified record; True when it is newer than what was known of its node."""
+        mine = self._known.get(known.record.node)
+        if mine is not None and _age_order(known) <= _age_order(mine):
+            return False
+        self._known[known.record.node] = known
+        return True
+
+    def forget(self, node: str) -> None:
+        """The node was removed or left for good."""
+        self._known.pop(node, None)
+
+    def expire(self, now_unix_s: float) -> tuple[str, ...]:
+        """Drop what expired long ago; the ids of those nodes."""
+        gone = tuple(
+            node for node, known in self._known.items() if known.expires_at_unix_s + self.KEEP_S < now_unix_s
+        )
+        for node in gone:
+            del self._known[node]
+        return gone
+
+    def record(self, node: str) -> NodeRecord | None:
+        known = self._known.get(node)
+        return known.record if known is not None else None
+
+    def is_current(self, node: str, now_unix_s: float) -> bool:
+        """Whether there is a record of the node that has not expired."""
+        known = self._known.get(node)
+        return known is not None and known.expires_at_unix_s >= now_unix_s
+
+    def records(self) -> tuple[NodeRecord, ...]:
+        """Every record, by node id."""
+        return tuple(self._known[node].record for node in sorted(self._known))
+
+    def signed(self) -> tuple[bytes, ...]:
+        """Every record as bytes to pass on to a node that has just come."""
+        return tuple(self._known[node].signed for node in sorted(self._known))
+
+    def unready(self, nodes: Iterable[str]) -> tuple[str, ...]:
+        """Those of `nodes` that cannot be planned with: no record yet, or no measured device."""
+        return tuple(node for node in sorted(nodes) if not self._has_devices(node))
+
+    def cluster(self, nodes: Iterable[str]) -> Cluster:
+        """What is known of `nodes`, to plan over: only measured devices, only measured links among them."""
+        wanted = tuple(node for node in sorted(set(nodes)) if self._has_devices(node))
+        records = tuple(self._known[node].record for node in wanted)
+        return Cluster(
+            nodes=tuple(_as_node(record) for record in records),
+            links=tuple(
+                facts.link for record in records for facts in record.links if facts.link.dst in wanted
+            ),
+        )
+
+    def _has_devices(self, node: str) -> bool:
+        known = self._known.get(node)
+        return known is not None and bool(known.record.devices)
+
+
+_SIGNED = msgspec.msgpack.Decoder(SignedRecord)
+_RECORD = msgspec.msgpack.Decoder(NodeRecord)
+
+
+def _as_node(record: NodeRecord) -> Node:
+    return Node(
+        id=record.node,
+        name=record.name,
+        site=record.site,
+        devices=tuple(facts.device for facts in record.devices),
+    )
+
+
+def _age_order(known: KnownRecord) -> tuple[int, float]:
+    return (known.record.sequence, known.expires_at_unix_s)
+
+
+def _bad(message: str) -> Refused:
+    return Refused(message, code="bad_record")
+
+
+def _read(data: bytes) -> tuple[SignedRecord, NodeRecord]:
+    _check_size(data)
+    try:
+        signed = _SIGNED.decode(data)
+        return signed, _RECORD.decode(signed.body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _bad(f"a node record cannot be read: {error}") from error
+
+
+def _check_size(data: bytes) -> None:
+    if len(data) > MAX_RECORD_BYTES:
+        raise _bad(f"a node record of {len(data)} bytes is over the limit of {MAX_RECORD_BYTES}")
+
+
+def _check_lifetime(signed: SignedRecord, now_unix_s: float) -> None:
+    left_s = signed.expires_at_unix_s - now_unix_s
+    if not left_s > 0:
+        raise _bad(f"the record of {short(signed.subkey)} expired {-left_s:.1f} s ago")
+    if left_s > MAX_LIFETIME_S:
+        raise _bad(
+            f"the record of {short(signed.subkey)} claims {left_s:.0f} s of life, over {MAX_LIFETIME_S:.0f} s"
+        )
+
+
+def _check_figures(record: NodeRecord) -> None:
+    """Refuse figures that no measurement gives: a planner divides by them."""
+    for facts in record.devices:
+        device = facts.device
+        if not (_is_rate(device.flops_per_s) and _is_rate(device.bytes_per_s) and device.budget_bytes > 0):
+            raise _bad(f"{short(record.node)} reports impossible figures for device {device.index}: {device}")
+    if len({facts.device.index for facts in record.devices}) != len(record.devices):
+        raise _bad(f"{short(record.node)} reports two devices of one index")
+    for measured in record.links:
+        link = measured.link
+        is_own = link.src == record.node != link.dst
+        if not (is_own and _is_rate(link.bytes_per_s) and 0 <= link.rtt_p50_s <= link.rtt_p95_s < math.inf):
+            raise _bad(f"{short(record.node)} reports an impossible link: {link}")
+
+
+def _is_rate(value: float) -> bool:
+    return 0 < value < math.inf

@@ -1,0 +1,215 @@
+"""What a model is to the planner: exact parameter counts, KV bytes and FLOPs, from its config.json alone.
+
+No framework is imported: `families` says how the architectures differ, and a test compares the counts, layer
+by layer, with the modules that transformers builds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any
+
+import msgspec
+
+from hexmesh.errors import InvalidInput
+from hexmesh.model_spec.families import FAMILIES, Config, Family, Shape
+
+
+class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One decoder layer. Of `n_experts` expert MLPs a token uses `n_active_experts`; dense ones have none."""
+
+    params: int
+    """All parameters, every expert included."""
+    dense_matmul_params: int
+    """Weights that every token is multiplied with (attention, dense MLP, router, shared expert)."""
+    expert_params: int = 0
+    """Weights of one expert."""
+    n_experts: int = 0
+    n_active_experts: int = 0
+    mlp_activations: int
+    """Numbers that a token's MLP holds at once at its peak."""
+
+    @property
+    def flops_per_token(self) -> int:
+        """Multiply-adds count as two; attention over the context is apart (`ModelSpec.attention_flops`)."""
+        return 2 * (self.dense_matmul_params + self.n_active_experts * self.expert_params)
+
+    def params_read(self, batch: int) -> float:
+        """Parameters that a step of `batch` tokens reads, if tokens pick experts evenly at random."""
+        if not self.n_experts:
+            return float(self.params)
+        unused = (1.0 - self.n_active_experts / self.n_experts) ** batch
+        return self.params - self.n_experts * self.expert_params * unused
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts of a decoder-only model. Bytes follow from the dtype: see `hexmesh.cost`."""
+
+    model_type: str
+    hidden_size: int
+    n_heads: int
+    n_kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+    vocab_size: int
+    max_position_tokens: int
+    ties_embeddings: bool
+    """The output head is the token embedding: a stage that has both holds it once."""
+    layers: tuple[LayerSpec, ...]
+    embedding_params: int
+    """The token embedding."""
+    shared_params: int
+    """Outside layers, token embedding and head: final norm, learned positions, projections around the layers.
+
+    A stage keeps its model's frame, so every stage may hold these.
+    """
+    head_params: int
+    """The output head's own parameters; 0 (or its bias) where it is tied."""
+    head_matmul_params: int
+    """Weights that a sampled token's hidden state is multiplied with, whoever owns them."""
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def layer_params(self) -> tuple[int, ...]:
+        return tuple(layer.params for layer in self.layers)
+
+    @property
+    def n_params(self) -> int:
+        """Parameters of the whole model, shared ones counted once."""
+        return sum(self.layer_params) + self.embedding_params + self.shared_params + self.head_params
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers that one token adds to the KV cache of one layer."""
+        return self.n_kv_heads * (self.k_head_dim + self.v_head_dim)
+
+    @property
+    def attention_flops(self) -> int:
+        """FLOPs of one layer for one query token and one token of its context."""
+        return 2 * self.n_heads * (self.k_head_dim + self.v_head_dim)
+
+    def params_before(self) -> tuple[int, ...]:
+        """Parameters of the first i layers, for i from 0 to n_layers."""
+        return tuple(accumulate(self.layer_params, initial=0))
+
+
+def model_spec_from_config(
+    config: Mapping[str, Any], *, generation_config: Mapping[str, Any] | None = None
+) -> ModelSpec:
+    """The spec of a config.json. Raises InvalidInput, naming the key at fault.
+
+    End-of-text ids of a generation_config.json win over the config's, as in transformers.
+    """
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise InvalidInput(
+            f"no formulas for model type {model_type!r}",
+            code="unsupported_model_type",
+            next_step=f"use a model of type {', '.join(supported_model_types())}",
+        )
+    _refuse_variants(config)
+    return _spec(str(model_type), family, Config(config, family), generation_config or {})
+
+
+def supported_model_types() -> tuple[str, ...]:
+    """The values of "model_type" that have formulas."""
+    return tuple(sorted(FAMILIES))
+
+
+def _spec(model_type: str, family: Family, config: Config, generation: Mapping[str, Any]) -> ModelSpec:
+    hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
+    kv_heads = heads if family.all_heads_have_kv else config.count("num_key_value_heads", heads)
+    derived = hidden // heads
+    head_dim = config.count("head_dim", derived) if family.head_dim_is_free else derived
+    if heads % kv_heads or head_dim < 1:
+        raise InvalidInput(
+            f"config.json: {heads} attention heads over {kv_heads} KV heads of size {head_dim}"
+        )
+    shape = Shape(hidden, heads, kv_heads, head_dim)
+    vocab, positions = config.count("vocab_size"), config.count("max_position_embeddings")
+    width = config.count(family.embedding_dim_key, hidden) if family.embedding_dim_key else hidden
+    norm_width = family.norm_width if config.flag(family.norm_has_params) else 0
+    shared = norm_width * hidden if family.has_final_norm(config) else 0
+    if family.n_positions_extra is not None:
+        shared += (positions + family.n_positions_extra) * hidden
+    if width != hidden:
+        shared += 2 * width * hidden
+    ties = config.flag("tie_word_embeddings")
+    eos = generation.get("eos_token_id")
+    return ModelSpec(
+        model_type=model_type,
+        hidden_size=hidden,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        k_head_dim=head_dim,
+        v_head_dim=head_dim,
+        vocab_size=vocab,
+        max_position_tokens=positions,
+        ties_embeddings=ties,
+        layers=tuple(
+            _layer(family, config, shape, norm_width, index)
+            for index in range(config.count("num_hidden_layers"))
+        ),
+        embedding_params=vocab * width,
+        shared_params=shared,
+        head_params=(0 if ties else vocab * width) + (vocab if family.head_bias else 0),
+        head_matmul_params=vocab * width,
+        eos_token_ids=_token_ids(config.value("eos_token_id") if eos is None else eos),
+        bos_token_id=next(iter(_token_ids(config.value("bos_token_id"))), None),
+    )
+
+
+def _layer(family: Family, config: Config, shape: Shape, norm_width: int, index: int) -> LayerSpec:
+    q_size, kv_size = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    matmul = shape.hidden * (q_size + 2 * kv_size) + q_size * shape.hidden
+    other = norm_width * shape.hidden * family.n_norms(config) + family.qk_norm_params(config, shape)
+    other += q_size + 2 * kv_size if config.flag(family.qkv_bias) else 0
+    other += shape.hidden if config.flag(family.output_bias) else 0
+    n_matrices = 3 if family.mlp_is_gated else 2
+    experts = family.experts(config, index)
+    if experts is None:
+        size = config.count("intermediate_size", 4 * shape.hidden)
+        matmul += n_matrices * shape.hidden * size
+        other += (n_matrices - 1) * size + shape.hidden if config.flag(family.mlp_bias) else 0
+        return LayerSpec(params=matmul + other, dense_matmul_params=matmul, mlp_activations=n_matrices * size)
+    matmul += experts.n * shape.hidden  # router
+    if experts.shared_size:
+        matmul += n_matrices * shape.hidden * experts.shared_size + shape.hidden  # and its gate
+    expert = n_matrices * shape.hidden * experts.size
+    return LayerSpec(
+        params=matmul + other + experts.n * expert,
+        dense_matmul_params=matmul,
+        expert_params=expert,
+        n_experts=experts.n,
+        n_active_experts=min(experts.n_active, experts.n),
+        mlp_activations=n_matrices * (experts.n_active * experts.size + experts.shared_size),
+    )
+
+
+def _refuse_variants(config: Mapping[str, Any]) -> None:
+    for key, what in (
+        ("quantization_config", "a quantised checkpoint"),
+        ("per_layer_config", "a model whose layers have configs of their own"),
+    ):
+        if config.get(key):
+            raise InvalidInput(
+                f"config.json has {key}: {what} is not supported",
+                code="unsupported_model",
+                next_step="use the unquantised safetensors checkpoint of the model",
+            )
+    if config.get("add_cross_attention"):
+        raise InvalidInput("config.json has add_cross_attention: only decoder-only models are supported")
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(one, int) for one in ids):
+        raise InvalidInput(f"config.json: {value!r} is not a token id or a list of them")
+    return tuple(ids)

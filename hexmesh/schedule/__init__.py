@@ -1,0 +1,1 @@
+"""The search for plans: layout of one group by dynamic programming, its certificate and its explanation."""

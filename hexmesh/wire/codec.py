@@ -1,0 +1,56 @@
+"""Messages to bytes and back: msgpack with a tag, checked field by field on the way in."""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar, cast
+
+import msgspec
+
+from hexmesh.errors import InvalidInput
+from hexmesh.wire.control import CONTROL_MESSAGE, ControlMessage
+from hexmesh.wire.data import DATA_MESSAGE
+from hexmesh.wire.frames import DEFAULT_LIMITS, Buffer, FrameLimits, frame_parts
+from hexmesh.wire.peering import PEERING_MESSAGE
+from hexmesh.wire.worker import WORKER_REPLY, WORKER_REQUEST
+
+M = TypeVar("M", bound=msgspec.Struct)
+
+_ENCODER = msgspec.msgpack.Encoder()
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """A message as it stands in a frame's header."""
+    return _ENCODER.encode(message)
+
+
+class Codec(Generic[M]):
+    """Reads one union of tagged messages, and nothing else."""
+
+    def __init__(self, union: object, *, name: str) -> None:
+        self._name = name
+        self._decoder = msgspec.msgpack.Decoder(cast("type[M]", union))
+
+    def decode(self, header: Buffer) -> M:
+        """The message in a frame's header. Raises InvalidInput on an unknown tag or bad types."""
+        try:
+            return self._decoder.decode(header)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, MemoryError) as error:
+            raise InvalidInput(f"not a {self._name} message: {error}", code="bad_message") from error
+
+    def frame(self, message: M, payload: Buffer = b"", limits: FrameLimits = DEFAULT_LIMITS) -> list[Buffer]:
+        """What to write for one message with its payload. Raises FrameTooLarge."""
+        return frame_parts(encode(message), payload, limits)
+
+
+DataMessage = DATA_MESSAGE
+PeeringMessage = PEERING_MESSAGE
+WorkerRequest = WORKER_REQUEST
+WorkerReply = WORKER_REPLY
+
+CONTROL: Codec[ControlMessage] = Codec(CONTROL_MESSAGE, name="control")
+DATA: Codec[DataMessage] = Codec(DATA_MESSAGE, name="data")
+PEERING: Codec[PeeringMessage] = Codec(PEERING_MESSAGE, name="peering")
+WORKER_REQUESTS: Codec[WorkerRequest] = Codec(WORKER_REQUEST, name="worker request")
+WORKER_REPLIES: Codec[WorkerReply] = Codec(WORKER_REPLY, name="worker reply")
+MEMBER: Codec[ControlMessage | DataMessage] = Codec(CONTROL_MESSAGE | DATA_MESSAGE, name="member")
+"""Everything that members send each other once both have said PeerHello."""

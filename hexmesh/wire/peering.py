@@ -1,0 +1,125 @@
+"""Messages of a connection itself: the greeting of members, and the dialogue by which a stranger joins.
+
+A stranger (no certificate) may say only WantRoot and JoinRequest, in frames of JOIN_LIMITS.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from hexmesh.wire.frames import FrameLimits
+
+PROTOCOL_VERSION = 1
+"""Raised when members of two versions could misread each other."""
+
+MAX_CLOCK_DIFFERENCE_S = 3.0
+"""The DHT refuses records of peers whose clocks differ by more."""
+
+JOIN_LIMITS = FrameLimits(header_bytes=64 * 1024, payload_bytes=0)
+JOIN_REPLY_LIMITS = FrameLimits(header_bytes=1024 * 1024, payload_bytes=0)
+
+Channel = Literal["control", "data", "probe"]
+
+
+class PeerHello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """First frame in both directions of every connection between members."""
+
+    protocol_version: int
+    hexmesh_version: str
+    node_id: str
+    boot: int
+    name: str
+    clock_unix_s: float
+    channel: Channel = "control"
+    """What the dialling side will send here; the accepting side repeats it."""
+    address: str = ""
+    """Where the speaker can be dialled, host:port; empty if it cannot."""
+
+
+class PeerRefused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Instead of a PeerHello: why this connection is about to be closed."""
+
+    code: str
+    message: str
+    next_step: str = ""
+
+
+class WantRoot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a stranger that does not verify yet: show me the mesh's root certificate."""
+
+
+class MeshRoot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The root certificate, DER. Worth nothing until its SHA-256 is that of a token."""
+
+    root: bytes
+    clock_unix_s: float = 0.0
+    """The member's clock, so that a joiner whose clock is off hears of both; 0 when it is not told."""
+
+
+class JoinRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From a stranger that has verified the mesh: admit me. Never sent before that, it holds the secret."""
+
+    protocol_version: int
+    hexmesh_version: str
+    issuer: str
+    """Node id of the token's issuer, the only one that can redeem it."""
+    secret: bytes
+    """Empty towards any other node than the issuer."""
+    csr: bytes
+    """PKCS #10 request, DER: the node's public key and the proof that it holds the private key."""
+    dht_peer_id: str
+    name: str
+    clock_unix_s: float
+    model_id: str | None = None
+    """Set when the operator named a model; must be the mesh's."""
+    address: str = ""
+    """Where the new node will be dialled, host:port."""
+
+    def __repr__(self) -> str:
+        """Without the secret, for logs."""
+        return f"JoinRequest(name={self.name!r}, address={self.address!r}, issuer={self.issuer!r})"
+
+
+class ModelReference(msgspec.Struct, frozen=True, kw_only=True):
+    """The mesh's model, and where its files may be found."""
+
+    name: str
+    model_id: str
+    root: str
+    """A folder or a hub id, as the founder named it."""
+
+
+class MemberAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """A member and where it is dialled."""
+
+    node_id: str
+    name: str
+    address: str
+    dht_maddrs: list[str] = []
+
+
+class JoinAccepted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Everything a new node needs to be a member. `certificates`: its own first, then issuers; DER."""
+
+    certificates: list[bytes]
+    root: bytes
+    mesh_id: str
+    model: ModelReference
+    dtype: str
+    members: list[MemberAddress]
+    dht_initial_peers: list[str]
+
+
+class JoinRefused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Why not, and what to do next."""
+
+    code: str
+    message: str
+    next_step: str = ""
+    issuer_address: str = ""
+    """With code other_issuer: where the token's issuer is dialled, host:port."""
+
+
+PEERING_MESSAGE = PeerHello | PeerRefused | WantRoot | MeshRoot | JoinRequest | JoinAccepted | JoinRefused

@@ -1,0 +1,95 @@
+"""Meshes and members for tests that use real sockets on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from daemon.address import LOOPBACK, bound_address, listen_tcp
+from daemon.greeting import LocalPeer
+from daemon.peers import PeerEvents
+from daemon.tls import TlsFiles
+from hexmesh.identity.authority import MeshAuthority, request_certificate
+from hexmesh.identity.certificates import to_pem
+from hexmesh.identity.keys import NodeKey
+from hexmesh.ids import NodeId, new_boot
+
+DHT_PEER_ID = "12D3KooWTestTestTest"
+
+
+def write_tls_files(authority: MeshAuthority, key: NodeKey, folder: Path) -> TlsFiles:
+    """A member's files as its state folder would hold them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    certificate = authority.issue(request_certificate(key), DHT_PEER_ID, datetime.now(UTC))
+    key_file, certificate_file = folder / "key.pem", folder / "cert.pem"
+    key_file.touch(mode=0o600)
+    key_file.write_bytes(key.to_pem())
+    certificate_file.write_bytes(to_pem([certificate]))
+    return TlsFiles(key_file, certificate_file, authority.root_der)
+
+
+@dataclass(slots=True)
+class Member:
+    """One member before its network runs, and everything that its network then reports."""
+
+    local: LocalPeer
+    listener: socket.socket
+    seen: list[tuple[str, ...]] = field(default_factory=list)
+    messages: list[tuple[NodeId, msgspec.Struct, memoryview]] = field(default_factory=list)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def node_id(self) -> NodeId:
+        return self.local.node_id
+
+    @property
+    def port(self) -> int:
+        return bound_address(self.listener).port
+
+    @property
+    def events(self) -> PeerEvents:
+        return PeerEvents(
+            on_message=self._on_message,
+            on_peer_up=lambda node_id: self._saw("up", node_id),
+            on_peer_down=lambda node_id, reason: self._saw("down", node_id, reason),
+            on_refused=lambda node_id: self._saw("refused", node_id),
+            on_channel_lost=lambda node_id, channel, reason: self._saw("lost", node_id, channel),
+        )
+
+    async def until(self, claim: Callable[[], bool], timeout_s: float = 10.0) -> None:
+        """Wait until the claim holds; it is looked at whenever the network reports something."""
+        async with asyncio.timeout(timeout_s):
+            while not claim():
+                self._changed.clear()
+                await self._changed.wait()
+
+    def _on_message(self, node_id: NodeId, message: msgspec.Struct, payload: memoryview) -> None:
+        self.messages.append((node_id, message, payload))
+        self._changed.set()
+
+    def _saw(self, *event: str) -> None:
+        self.seen.append(event)
+        self._changed.set()
+
+
+def make_member(
+    authority: MeshAuthority, folder: Path, name: str = "n", *, key: NodeKey | None = None, port: int = 0
+) -> Member:
+    """A member with a listening socket, its files in a folder of its own."""
+    key = key or NodeKey.generate()
+    listener = listen_tcp(LOOPBACK, port, flag="--peer-port")
+    local = LocalPeer(
+        node_id=key.node_id,
+        boot=new_boot(random.Random()),
+        name=name,
+        address=str(bound_address(listener)),
+        tls=write_tls_files(authority, key, folder / name),
+    )
+    return Member(local, listener)

@@ -1,0 +1,319 @@
+"""A mesh in one process with fake stages: real gateways, drivers and stage hosts, messages over the event loop.
+
+A fake stage "computes" by storing the token ids it is given in its KV blocks and drawing the next token from a
+hash of everything that the sequence's blocks hold. So an answer is right only if every block, position and
+replay was right, whatever the cut into stages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from array import array
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import msgspec
+
+from daemon.epochs import Epochs
+from daemon.gateway import Gateway, Route
+from daemon.pipeline import ReplicaDriver
+from daemon.service import GenerationRequest
+from daemon.stages import ModelFiles, StageHost
+from hexmesh.errors import Lost, NotReady
+from hexmesh.membership.outputs import Accepted, Admission, Refused
+from hexmesh.plan import Plan, Replica, Stage, encode_plan
+from hexmesh.serving.batcher import BatchLimits
+from hexmesh.serving.router import choose_replica
+from hexmesh.wire.control import Ballot, Cert, Epoch
+from hexmesh.wire.data import (
+    Generate,
+    GenerateCancel,
+    Generated,
+    GenerateFailed,
+    ReplicaStats,
+    Row,
+    SampledToken,
+    SamplingParams,
+    Step,
+    StepRefused,
+    StepResult,
+)
+from hexmesh.wire.worker import LoadStage, RunStep, StageLoaded, StepDone
+
+VOCABULARY = 50_000
+BLOCK_TOKENS = 4
+
+
+def next_token(tokens: list[int]) -> int:
+    """What the fake model says after `tokens`."""
+    digest = hashlib.sha256(array("q", tokens).tobytes()).digest()
+    return int.from_bytes(digest[:4], "big") % VOCABULARY
+
+
+def answer_to(prompt: list[int], n_tokens: int) -> list[int]:
+    """The fake model's answer, computed without any mesh."""
+    tokens = list(prompt)
+    for _ in range(n_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class FakeWorker:
+    """Stands in for a worker process; `hold` keeps its steps from ending, `die` fails them."""
+
+    def __init__(self) -> None:
+        self.is_dead = False
+        self.may_run = asyncio.Event()
+        self.may_run.set()
+        self.n_steps = 0
+        self._pools: dict[str, dict[tuple[int, int], int]] = {}
+
+    async def load(self, order: LoadStage) -> StageLoaded:
+        self._pools[order.stage] = {}
+        return StageLoaded(
+            stage=order.stage, load_s=0.0, weight_bytes=0, pool_bytes=0, pool_deferred=False, n_layers_reused=0
+        )
+
+    def drop(self, stage: str) -> None:
+        self._pools.pop(stage, None)
+
+    async def run_step(self, order: RunStep, payload: bytes) -> tuple[StepDone, bytes]:
+        await self.may_run.wait()
+        await asyncio.sleep(0)
+        if self.is_dead:
+            raise Lost("the fake worker is dead")
+        self.n_steps += 1
+        pool = self._pools[order.stage]
+        tokens = array("q", bytes(payload))
+        sampled = []
+        for row in order.rows:
+            sampled += self._run_row(pool, row, [tokens.pop(0) for _ in range(row.n_tokens)])
+        return StepDone(stage=order.stage, step=order.step, compute_s=0.001, sampled=sampled), bytes(payload)
+
+    def _run_row(self, pool: dict[tuple[int, int], int], row: Row, tokens: list[int]) -> list[SampledToken]:
+        for position, token in enumerate(tokens, start=row.start):
+            pool[(row.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS)] = token
+        if row.sample is None:
+            return []
+        n_seen = row.start + row.n_tokens
+        seen = [pool[(row.blocks[at // BLOCK_TOKENS], at % BLOCK_TOKENS)] for at in range(n_seen)]
+        return [SampledToken(token_id=next_token(seen))]
+
+
+@dataclass
+class FakeNode:
+    """One node's parts, wired as the daemon wires them."""
+
+    id: str
+    mesh: FakeMesh
+    worker: FakeWorker = field(default_factory=FakeWorker)
+    is_cut: bool = False
+
+    def __post_init__(self) -> None:
+        self.gateway = Gateway(
+            courier=self, route=self.route, blocker=lambda: NotReady("no plan"), on_recovered=self.mesh.note_recovery
+        )
+        self.stages = StageHost(
+            courier=self,
+            group=self.mesh.group,
+            files=ModelFiles("", ""),
+            budgets={0: 0},
+            worker_of=self.find_worker,
+            admit=self.admit,
+            on_broken=self.mesh.note_broken,
+        )
+        self.epochs = Epochs(
+            courier=self,
+            group=self.mesh.group,
+            stages=self.stages,
+            limits=BatchLimits(step_tokens=16),
+            on_loaded=lambda _: None,
+            on_load_failed=lambda _, reason: self.mesh.note_broken(None, reason),
+            on_drained=lambda epoch: self.epochs.release(epoch, "drained"),
+            on_broken=self.mesh.note_broken,
+            on_step=lambda _: None,
+        )
+
+    async def find_worker(self, device: int) -> Any:
+        return self.worker
+
+    @property
+    def node_id(self) -> str:
+        return self.id
+
+    def send(self, to: str, message: msgspec.Struct, payload: Any = b"", *, channel: str = "data") -> bool:
+        return self.mesh.deliver(self, to, message, payload)
+
+    def route(self) -> Route | None:
+        held = self.epochs.committed
+        gone = {node.id for node in self.mesh.nodes.values() if node.is_cut}
+        replica = choose_replica(held.plan, {}, gone) if held is not None else None
+        if held is None or replica is None:
+            return None
+        nodes = frozenset(stage.node for stage in replica.stages)
+        return Route(held.epoch, replica.id, replica.driver, nodes)
+
+    def admit(self, step: Step) -> Admission:
+        held = [self.epochs.committed, self.epochs.draining]
+        is_ours = any(epoch is not None and epoch.epoch == step.epoch for epoch in held)
+        return Accepted() if is_ours else Refused("another epoch", None)
+
+    def receive(self, src: str, message: msgspec.Struct, payload: Any) -> None:
+        match message:
+            case Step():
+                self.stages.on_step(message, payload)
+            case StepResult() | StepRefused() | GenerateCancel() | Generate():
+                self._to_driver(src, message)
+            case Generated() | GenerateFailed():
+                self.gateway.on_message(message)
+            case ReplicaStats():
+                self.epochs.on_stats(message)
+            case _:
+                raise AssertionError(message)
+
+    def _to_driver(self, src: str, message: Any) -> None:
+        if isinstance(message, GenerateCancel):
+            for driver in self.epochs.drivers():
+                driver.cancel(message)
+            return
+        driver = self.epochs.driver(message.epoch, message.replica)
+        if driver is None:
+            if isinstance(message, Generate):
+                failed = GenerateFailed(
+                    sequence=message.sequence, attempt=message.attempt, reason="another epoch", retry=True
+                )
+                self.send(src, failed)
+        elif isinstance(message, Generate):
+            driver.submit(src, message, 0.0)
+        elif isinstance(message, StepResult):
+            driver.on_result(message)
+        else:
+            driver.on_refused(message)
+
+    def driver(self) -> ReplicaDriver:
+        """The one driver of the committed epoch here."""
+        assert self.epochs.committed is not None
+        (driver,) = self.epochs.committed.drivers.values()
+        return driver
+
+
+class FakeMesh:
+    """Owner of the nodes and of what travels between them."""
+
+    def __init__(self, names: str, group: asyncio.TaskGroup) -> None:
+        self.group = group
+        self.n_recovered = 0
+        self.broken: list[str] = []
+        self.lose: Any = lambda message: False
+        self.n_plans = 0
+        self.nodes = {name: FakeNode(name, self) for name in names}
+
+    def note_recovery(self) -> None:
+        self.n_recovered += 1
+
+    def note_broken(self, epoch: Epoch | None, reason: str) -> None:
+        self.broken.append(reason)
+
+    def deliver(self, src: FakeNode, to: str, message: msgspec.Struct, payload: Any) -> bool:
+        dst = self.nodes[to]
+        if src.is_cut or dst.is_cut:
+            return src is dst
+        if not self.lose(message):
+            asyncio.get_running_loop().call_soon(dst.receive, src.id, message, payload)
+        return True
+
+    async def commit(self, cut: str, *, kv_blocks: int = 64) -> None:
+        """Plan eight layers evenly over the nodes of `cut`, load and commit everywhere that is alive."""
+        self.n_plans += 1
+        epoch = Epoch(ballot=Ballot(term=1, rank=0, node="a", boot=1), n=self.n_plans)
+        plan = encode_plan(one_replica(cut, kv_blocks, hosts=self.nodes))
+        alive = [node for node in self.nodes.values() if not node.is_cut]
+        for node in alive:
+            node.epochs.prepare(epoch, plan)
+        for node in alive:
+            loading = node.epochs._held[epoch].loading
+            assert loading is not None
+            await loading
+        cert = Cert(epoch=epoch, digest="", signature=b"")
+        for node in alive:
+            node.epochs.commit(epoch, cert, 0.0)
+            node.gateway.routes_changed()
+
+    def kill(self, name: str) -> None:
+        """The node falls silent, and everyone notices."""
+        self.nodes[name].is_cut = True
+        for node in self.nodes.values():
+            if not node.is_cut:
+                node.epochs.node_lost(name, "it was killed")
+                node.gateway.node_lost(name, "it was killed")
+
+    async def ask(self, at: str, prompt: list[int], n_tokens: int, *, name: str = "r", timeout_s: float = 20.0) -> list[int]:
+        """All tokens of an answer, asked for at node `at`."""
+        return [token async for token in self.stream(at, prompt, n_tokens, name=name, timeout_s=timeout_s)]
+
+    async def stream(
+        self, at: str, prompt: list[int], n_tokens: int, *, name: str = "r", timeout_s: float = 20.0
+    ) -> AsyncIterator[int]:
+        request = GenerationRequest(
+            request_id=name,
+            sequence=name,
+            prompt=prompt,
+            max_tokens=n_tokens,
+            stop_token_ids=[],
+            sampling=SamplingParams(),
+            timeout_s=timeout_s,
+        )
+        parts = self.nodes[at].gateway.generate(request)
+        try:
+            async for part in parts:
+                for token in part.tokens:
+                    yield token.token_id
+        finally:
+            await cast(Any, parts).aclose()
+
+
+def one_replica(cut: str, kv_blocks: int, hosts: Iterable[str]) -> Plan:
+    """Eight layers, as evenly as they go over the named nodes."""
+    stages = tuple(
+        Stage(
+            node=node,
+            devices=(0,),
+            start=8 * index // len(cut),
+            stop=8 * (index + 1) // len(cut),
+            kv_blocks=kv_blocks,
+            needed_bytes=0,
+            room_bytes=0,
+            predicted_step_s=0.0,
+        )
+        for index, node in enumerate(cut)
+    )
+    replica = Replica(
+        id="r0",
+        role="mixed",
+        stages=stages,
+        block_tokens=BLOCK_TOKENS,
+        predicted_tokens_per_s=1.0,
+        predicted_batch=1,
+    )
+    return Plan(
+        model_id="m",
+        model_name="m",
+        n_layers=8,
+        dtype="float32",
+        max_model_tokens=256,
+        hosts=dict.fromkeys(hosts, 1),
+        replicas=(replica,),
+    )
+
+
+@asynccontextmanager
+async def fake_mesh(names: str) -> AsyncIterator[FakeMesh]:
+    """A mesh whose tasks all end with the block."""
+    async with asyncio.TaskGroup() as group:
+        mesh = FakeMesh(names, group)
+        yield mesh
+        for node in mesh.nodes.values():
+            node.epochs.close("the test is over")

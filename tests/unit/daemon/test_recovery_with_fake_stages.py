@@ -1,0 +1,154 @@
+"""Requests through gateways, drivers and stage hosts: the right tokens, whatever breaks on the way."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import Any, cast
+
+import pytest
+
+from hexmesh.errors import InvalidInput, TimedOut
+from hexmesh.wire.data import Generated, StepResult
+from tests.unit.daemon.fake_mesh import answer_to, fake_mesh
+
+PROMPT = [5, 6, 7, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize("cut", ["a", "ab", "cab"])
+async def test_any_cut_and_any_gateway_give_the_same_answer(cut: str) -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit(cut)
+        answers = await asyncio.gather(
+            *(mesh.ask(at, [*PROMPT, i], 20, name=f"{at}{i}") for at in "abc" for i in range(4))
+        )
+    assert answers == [answer_to([*PROMPT, i], 20) for _ in "abc" for i in range(4)]
+
+
+async def test_streams_share_steps() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        await asyncio.gather(*(mesh.ask("b", [*PROMPT, i], 30, name=str(i)) for i in range(5)))
+        assert mesh.nodes["a"].driver().steps_run <= 1.2 * 31
+
+
+async def test_a_dead_stage_is_replayed_over_the_rest_with_the_same_tokens() -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("abc")
+        got = []
+        async with aclosing(mesh.stream("b", PROMPT, 30)) as stream:
+            async for token in stream:
+                got.append(token)
+                if len(got) == 10:
+                    mesh.kill("c")
+                    asyncio.get_running_loop().create_task(mesh.commit("ab"))
+    assert got == answer_to(PROMPT, 30)
+    assert mesh.n_recovered == 1
+
+
+async def test_a_dead_driver_is_replaced_with_the_same_tokens() -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("abc")
+        got = []
+        async with aclosing(mesh.stream("b", PROMPT, 30)) as stream:
+            async for token in stream:
+                got.append(token)
+                if len(got) == 10:
+                    mesh.kill("a")
+                    asyncio.get_running_loop().create_task(mesh.commit("cb"))
+    assert got == answer_to(PROMPT, 30)
+
+
+async def test_a_planned_change_lets_running_sequences_end_where_they_are() -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("ab")
+        got = []
+        async with aclosing(mesh.stream("c", PROMPT, 30)) as stream:
+            async for token in stream:
+                got.append(token)
+                if len(got) == 10:
+                    await mesh.commit("cb")
+        assert got == answer_to(PROMPT, 30)
+        assert mesh.n_recovered == 0
+        async with asyncio.timeout(5):
+            while any(node.epochs.draining for node in mesh.nodes.values()):
+                await asyncio.sleep(0)
+
+
+async def test_a_lost_step_is_sent_again() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        lost: list[StepResult] = []
+
+        def lose_third(message: object) -> bool:
+            if isinstance(message, StepResult) and message.step == 3 and not lost:
+                lost.append(message)
+                asyncio.get_running_loop().call_soon(mesh.nodes["a"].driver().link_reset, "b")
+                return True
+            return False
+
+        mesh.lose = lose_third
+        assert await mesh.ask("a", PROMPT, 10) == answer_to(PROMPT, 10)
+        assert len(lost) == 1
+        assert mesh.broken == []
+
+
+async def test_lost_tokens_are_noticed_and_made_up_for() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        mesh.lose = lambda message: isinstance(message, Generated) and message.first == 4 and message.attempt == 1
+        assert await mesh.ask("b", PROMPT, 12) == answer_to(PROMPT, 12)
+
+
+async def test_a_dead_worker_breaks_its_epoch_and_says_so() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        worker = mesh.nodes["b"].worker
+        task = asyncio.get_running_loop().create_task(mesh.ask("a", PROMPT, 20))
+        while worker.n_steps < 5:
+            await asyncio.sleep(0)
+        worker.is_dead = True
+        mesh.nodes["b"].stages.worker_died(cast(Any, worker), "it was killed")
+        assert mesh.broken == ["it was killed"]
+        worker.is_dead = False
+        await mesh.commit("ab")
+        assert await task == answer_to(PROMPT, 20)
+
+
+async def test_a_client_that_leaves_frees_its_blocks() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        async with aclosing(mesh.stream("b", PROMPT, 200)) as stream:
+            async for _ in stream:
+                break
+        driver = mesh.nodes["a"].driver()
+        async with asyncio.timeout(5):
+            while not driver.is_idle:
+                await asyncio.sleep(0)
+        assert driver.stats(0.0).kv_blocks_free == 64
+
+
+async def test_without_a_route_a_running_request_ends_at_its_deadline_naming_the_blocker() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        with pytest.raises(TimedOut, match="no plan"):
+            async with aclosing(mesh.stream("a", PROMPT, 200, timeout_s=0.5)) as stream:
+                async for _ in stream:
+                    mesh.kill("b")
+
+
+async def test_a_request_that_cannot_fit_is_refused_at_once() -> None:
+    async with fake_mesh("a") as mesh:
+        await mesh.commit("a", kv_blocks=2)
+        with pytest.raises(InvalidInput, match="KV pool holds 8"):
+            await mesh.ask("a", PROMPT, 50)
+
+
+async def test_the_same_request_twice_at_once_is_refused() -> None:
+    async with fake_mesh("a") as mesh:
+        await mesh.commit("a")
+        async with aclosing(mesh.stream("a", PROMPT, 20)) as stream:
+            async for _ in stream:
+                with pytest.raises(InvalidInput, match="under way already"):
+                    await mesh.ask("a", PROMPT, 20)
+                break
