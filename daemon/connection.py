@@ -72,7 +72,10 @@ def prepare_socket(sock: socket.socket) -> None:
 
 
 class FrameConnection:
-    """Owns the socket. Made inside a running loop from a connected socket; starts its handshake at once."""
+    """Owns the socket. Made inside a running loop from a connected socket; starts its handshake at once.
+
+    Raises OSError, and closes the socket, when the peer has hung up before that.
+    """
 
     def __init__(
         self,

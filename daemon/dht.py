@@ -23,7 +23,7 @@ from hexmesh.errors import HexmeshError, InvalidInput, Lost, NotReady, Refused
 from hexmesh.membership.records import facts_key, record_head
 
 if TYPE_CHECKING:
-    from daemon.hivemind_node import HivemindNode
+    from daemon.dht_node import HivemindNode
 
 log = logging.getLogger("hexmesh.dht")
 
@@ -36,7 +36,9 @@ FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
 KNOWN_S = 5.0
 """A peer in the routing table is looked at again after this."""
+_END_PATIENCE_S = 0.5
 _MAX_PEERS = 512
+_MAX_OWN_MADDRS = 8
 _N_MEETINGS = 4
 
 
@@ -159,7 +161,7 @@ class MeshDht:
             backoff_s = min(LAST_BACKOFF_S, 2 * backoff_s)
 
     async def _run_once(self) -> NoReturn:
-        """One life of p2pd. Raises (a group of) Lost when it ends."""
+        """One life of p2pd. Raises a group of Lost when it ends or hangs."""
         module = await asyncio.to_thread(import_dht_node)
         async with running_p2pd(self._p2pd_options()) as p2pd:
             self._n_starts += 1
@@ -169,10 +171,12 @@ class MeshDht:
                 try:
                     await self._serve(p2pd, node)
                 finally:
+                    self._up.clear()
                     await node.close()
+            except* Lost:
+                raise Lost(await _why_it_ended(p2pd), code="dht_down") from None
             finally:
                 self.pid = None
-                self._up.clear()
 
     async def _serve(self, p2pd: P2pd, node: HivemindNode) -> NoReturn:
         async with asyncio.TaskGroup() as group:
@@ -196,7 +200,7 @@ class MeshDht:
 
     async def _note_address(self, node: HivemindNode) -> None:
         """Remember the port that was picked, so that a restart comes back where others look for it."""
-        self.maddrs = await node.own_maddrs()
+        self.maddrs = (await node.own_maddrs())[:_MAX_OWN_MADDRS]
         if self._port == 0 and self._options.advertise is None and self.maddrs:
             address, _ = split_multiaddr(self.maddrs[0])
             self._port = int(address.rpartition("/")[2])
@@ -231,7 +235,7 @@ class MeshDht:
                     self._peers_met.clear()
             except TimeoutError:
                 pause_s = min(self._options.fetch_quiet_s, 2 * pause_s)
-                self.maddrs = await node.own_maddrs()
+                self.maddrs = (await node.own_maddrs())[:_MAX_OWN_MADDRS]
 
     async def _fetch(self, node: HivemindNode) -> bool:
         """Pass on what is new; True if something was."""
@@ -303,6 +307,14 @@ class MeshDht:
 
 async def _raise_at_end(p2pd: P2pd) -> NoReturn:
     raise Lost(await p2pd.wait(), code="dht_down")
+
+
+async def _why_it_ended(p2pd: P2pd) -> str:
+    """Calls often fail a moment before the process is known to be dead, and say less about it."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_END_PATIENCE_S):
+            return await p2pd.wait()
+    return "p2pd does not answer"
 
 
 def _first(group: BaseExceptionGroup[HexmeshError]) -> HexmeshError:

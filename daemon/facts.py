@@ -14,6 +14,7 @@ from typing import NoReturn
 import msgspec
 
 from daemon.attestor import Attestor
+from hexmesh.errors import Refused
 from hexmesh.membership.records import LIFETIME_S, MAX_LIFETIME_S, REFRESH_S, NodeRecord, sign_record
 
 log = logging.getLogger("hexmesh.facts")
@@ -115,7 +116,10 @@ class FactsPublisher:
         """Publish now, every 20 s, and after changes."""
         while True:
             self._changed.clear()
-            await self.publish_now()
+            try:
+                await self.publish_now()
+            except Refused as error:
+                log.error("own record not published reason=%s", error.message)
             with suppress(TimeoutError):
                 async with asyncio.timeout(REFRESH_S):
                     await self._changed.wait()

@@ -195,7 +195,7 @@ class Gateway:
                 if message.finish_reason is not None:
                     return
             elif flight.is_cancelled:
-                raise Closed(message.reason)
+                raise Closed(message.reason, code="cancelled")
             elif not message.retry:
                 raise InvalidInput(message.reason)
             elif message.busy and not flight.emitted and self._waited_long(flight):

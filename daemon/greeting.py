@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from daemon.tls import TlsFiles
 from hexmesh import __version__
+from hexmesh.errors import InvalidInput
 from hexmesh.ids import NodeId, short
-from hexmesh.wire.peering import PROTOCOL_VERSION, Channel, PeerHello, PeerRefused
+from hexmesh.wire.peering import MAX_TEXT, PROTOCOL_VERSION, Channel, PeerHello, PeerRefused
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,9 @@ class LocalPeer:
     clock: Callable[[], float] = time.time
     """Unix time as this host has it."""
 
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
     def hello(self, channel: Channel) -> PeerHello:
         """The first frame of a connection, with this moment's clock."""
         return PeerHello(
@@ -37,6 +41,16 @@ class LocalPeer:
             clock_unix_s=self.clock(),
             channel=channel,
             address=self.address,
+        )
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidInput for a node's name that others would not take."""
+    if not name or len(name) > MAX_TEXT or not name.isprintable():
+        raise InvalidInput(
+            f"a node's name has 1 to {MAX_TEXT} printable characters, not {name[:MAX_TEXT]!r}",
+            code="bad_name",
+            next_step="give another with --name",
         )
 
 

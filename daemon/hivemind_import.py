@@ -38,12 +38,12 @@ _ours = threading.Lock()
 
 
 def import_dht_node() -> ModuleType:
-    """The module `daemon.hivemind_node`. Takes 0.15 s or more: call it in a thread. Raises NotReady."""
+    """The module `daemon.dht_node`. Takes 0.15 s or more: call it in a thread. Raises NotReady."""
     with _ours:
         if "hivemind" not in sys.modules:
             _import_light()
         try:
-            module = importlib.import_module("daemon.hivemind_node")
+            module = importlib.import_module("daemon.dht_node")
         except ImportError as error:
             raise NotReady(
                 f"hivemind cannot be imported: {error}", code="no_hivemind", next_step="pip install hivemind"

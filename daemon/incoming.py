@@ -62,14 +62,15 @@ class Incoming:
     def __init__(
         self, sock: socket.socket, context: ssl.SSLContext, local: LocalPeer, owner: IncomingOwner
     ) -> None:
+        """Raises OSError when the other side has hung up already."""
         self.member: MemberIdentity | None = None
         self.channel: Channel = "control"
         self._local = local
         self._owner = owner
         self._state: _State = "handshake"
         self._loop = asyncio.get_running_loop()
-        self._deadline = self._loop.call_later(GREET_S, self._run_late)
         self._connection = FrameConnection(sock, context, self, JOIN_LIMITS, is_server=True)
+        self._deadline = self._loop.call_later(GREET_S, self._run_late)
 
     @property
     def is_member(self) -> bool:

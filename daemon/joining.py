@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from daemon.address import Address, parse_address
 from daemon.admission import check_clocks
 from daemon.connection import FrameConnection, Loss, loss_of
+from daemon.greeting import check_name
 from daemon.outgoing import connect_tcp
 from daemon.state import Membership
 from daemon.tls import stranger_context, unverified_context
@@ -64,6 +65,9 @@ class Joiner:
     model_id: str | None = None
     protocol_version: int = PROTOCOL_VERSION
     clock: Callable[[], float] = field(default=time.time)
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
 
 
 async def join_mesh(joiner: Joiner, token: JoinToken, peer: Address | None = None) -> Membership:
@@ -172,7 +176,8 @@ class _Dialogue:
 
     def on_open(self, connection: FrameConnection) -> None:
         self._connection = connection
-        self._opened.set_result(None)
+        if not self._opened.done():
+            self._opened.set_result(None)
 
     def on_frame(self, connection: FrameConnection, frame: Frame) -> None:
         message = codec.PEERING.decode(frame.header)
@@ -194,12 +199,12 @@ async def _dialogue(address: Address, context: ssl.SSLContext) -> AsyncIterator[
     """A dialogue with whoever listens at the address, within TIMEOUT_S."""
     try:
         async with asyncio.timeout(TIMEOUT_S):
+            dialogue = _Dialogue(address)
             try:
                 sock = await connect_tcp(address)
+                connection = FrameConnection(sock, context, dialogue, JOIN_REPLY_LIMITS, is_server=False)
             except OSError as error:
                 raise _unreachable(address, error) from error
-            dialogue = _Dialogue(address)
-            connection = FrameConnection(sock, context, dialogue, JOIN_REPLY_LIMITS, is_server=False)
             try:
                 await dialogue.opened()
                 yield dialogue

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,8 +29,8 @@ T = TypeVar("T")
 
 UP_TIMEOUT_S = 60.0
 READY_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 15.0
 _POLL_S = 0.05
+_SOURCE = Path(__file__).resolve().parents[1]
 _LOG_LINES_SHOWN = 15
 
 
@@ -105,6 +106,12 @@ class LocalMesh:
     """Owner of the daemons and of their folder."""
 
     folder: Path
+    program: tuple[str, ...] = (sys.executable, "-m", "daemon")
+    """What a daemon is started with."""
+    uninterrupted: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    """Around what an interrupt must not tear in two, such as starting a process and noting it."""
+    stop_timeout_s: float = 15.0
+    """How long a clean leave may take before the daemon is killed with its workers."""
     daemons: list[LocalDaemon] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -123,16 +130,17 @@ class LocalMesh:
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "up.json").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "daemon", "join", "--name", name, "--listen", "127.0.0.1"]
+        command = [*self.program, "join", "--name", name, "--listen", "127.0.0.1"]
         command += ["--http-port", "0", "--peer-port", "0", "--dht-port", "0"]
         command += ["--state-dir", str(folder / "state"), "--ready-file", str(folder / "up.json"), *flags]
         # What the person set for daemons of their own must not reach these.
         environ = {key: value for key, value in os.environ.items() if not key.startswith("HEXMESH_")}
-        environ |= {"HEXMESH_CONFIG": os.devnull, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        environ["HEXMESH_CONFIG"] = os.devnull
+        environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_SOURCE), os.environ.get("PYTHONPATH"))))
         if token is not None:
             command += ["--peer", peer or str(self.daemons[0].up["peer_addr"])]
             environ["HEXMESH_TOKEN"] = token
-        with (folder / "log").open("ab") as log:
+        with (folder / "log").open("ab") as log, self.uninterrupted():
             process = subprocess.Popen(
                 command,
                 cwd=folder,
@@ -142,8 +150,8 @@ class LocalMesh:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is the caller's; and a daemon can be killed with its workers
             )
-        daemon = LocalDaemon(name=name, folder=folder, process=process, started_s=time.monotonic())
-        self.daemons = [other for other in self.daemons if other.name != name] + [daemon]
+            daemon = LocalDaemon(name=name, folder=folder, process=process, started_s=time.monotonic())
+            self.daemons = [*(other for other in self.daemons if other.name != name), daemon]
         return daemon
 
     def found(self, name: str, *flags: str) -> LocalDaemon:
@@ -221,15 +229,16 @@ class LocalMesh:
         """End every daemon, cleanly where that is quick, and delete the folder."""
         for daemon in self.daemons:
             daemon.terminate()
-        deadline_s = time.monotonic() + STOP_TIMEOUT_S
+        deadline_s = time.monotonic() + self.stop_timeout_s
         try:
             for daemon in self.daemons:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     daemon.process.wait(timeout=max(deadline_s - time.monotonic(), 0.0))
         finally:
-            for daemon in self.daemons:
-                daemon.kill_group()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            with self.uninterrupted():
+                for daemon in self.daemons:
+                    daemon.kill_group()
+                shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _first_blocker(daemons: Sequence[LocalDaemon]) -> str | None:

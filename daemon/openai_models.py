@@ -26,6 +26,10 @@ StopString = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "response_format": ({"type": "text"},),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
@@ -63,7 +67,9 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "guided_grammar": (),
     "cache_salt": (),
 }
-"""Known and not supported: the values, beside null, with which the answer is what it would be without."""
+"""Known and not supported: the values, beside null, with which the answer is what it would be without.
+
+Only fields that a body does not declare are looked up here: `n`, for one, in /generate."""
 
 _EXPECTED = {
     "prompt": "a string, a list of strings, a list of token ids or a list of such lists",
@@ -82,10 +88,6 @@ class _Body(BaseModel):
 class StreamOptions(_Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-
-
-class ResponseFormat(_Body):
-    type: str
 
 
 class SamplingBody(_Body):
@@ -118,7 +120,6 @@ class OpenAiBody(SamplingBody):
     stream_options: StreamOptions | None = None
     user: str | None = None
     add_special_tokens: bool | None = None
-    response_format: ResponseFormat | None = None
 
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -226,8 +227,6 @@ def refuse_unsupported(fields: dict[str, Any]) -> None:
 def _check_combinations(body: OpenAiBody) -> None:
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options goes with stream: true only", param="stream_options")
-    if body.response_format is not None and body.response_format.type != "text":
-        raise unsupported("response_format", f"of type {body.response_format.type!r} is not supported yet")
     if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs goes with logprobs: true only", param="top_logprobs")
 

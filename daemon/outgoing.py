@@ -149,13 +149,13 @@ class Outgoing:
         address = self._owner.address_of(self.node_id)
         if address is None:
             return DialFailure(Loss("closed", f"no address of node {short(self.node_id)} is known"))
+        call = _Call(self.node_id, self.channel, address, self._local)
         try:
             async with asyncio.timeout(CONNECT_S):
                 sock = await connect_tcp(address)
+            connection = FrameConnection(sock, self._context, call, JOIN_LIMITS, is_server=False)
         except OSError as error:
             return DialFailure(loss_of(error), is_refused=isinstance(error, ConnectionRefusedError))
-        call = _Call(self.node_id, self.channel, address, self._local)
-        connection = FrameConnection(sock, self._context, call, JOIN_LIMITS, is_server=False)
         try:
             return await self._serve(call, connection)
         finally:

@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections import deque
@@ -163,12 +164,18 @@ async def _until_ready(ready: asyncio.Future[bool], lines: deque[str]) -> None:
 
 
 async def _stop(process: asyncio.subprocess.Process) -> None:
-    with suppress(ProcessLookupError):
-        process.terminate()
+    _send_signal(process, signal.SIGTERM)
     try:
         async with asyncio.timeout(STOP_PATIENCE_S):
             await process.wait()
     except TimeoutError:
-        with suppress(ProcessLookupError):
-            process.kill()
+        _send_signal(process, signal.SIGKILL)
         await process.wait()
+
+
+def _send_signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Not `process.send_signal`: that looks first whether a child has ended, and so takes its status from
+    under asyncio's watcher when it has (CPython 3.11)."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)

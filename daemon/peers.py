@@ -11,19 +11,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
+from daemon.acceptor import Acceptor
 from daemon.address import Address, bound_address, parse_address
 from daemon.connection import Loss, prepare_socket
 from daemon.greeting import LocalPeer, clock_difference_s
 from daemon.incoming import Incoming
 from daemon.outbox import OutboxRules
 from daemon.outgoing import DialFailure, Outgoing
+from daemon.peer_events import CHANNELS, ChannelRules, PeerEvents, PeerInfo
 from daemon.tls import client_context, server_context
 from hexmesh.errors import Busy, HexmeshError, InvalidInput, Lost
 from hexmesh.ids import NodeId, short
@@ -38,64 +40,14 @@ from hexmesh.wire.peering import (
     PeerHello,
 )
 
+__all__ = ["CHANNELS", "ChannelRules", "PeerEvents", "PeerInfo", "PeerNetwork"]
+
 _log = logging.getLogger("hexmesh.peers")
 
-_MIB = 1024 * 1024
 _MAX_STRANGERS = 16
 _MAX_UNGREETED = 256
-_ACCEPTS_A_TURN = 16
-_ACCEPT_PAUSE_S = 0.1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChannelRules:
-    """How much one channel carries: largest frame received or sent, and what waits to be sent."""
-
-    limits: FrameLimits
-    queue_bytes: int
-    drops_oldest: bool
-
-
-CHANNELS: dict[Channel, ChannelRules] = {
-    "control": ChannelRules(
-        limits=FrameLimits(payload_bytes=16 * _MIB), queue_bytes=4 * _MIB, drops_oldest=True
-    ),
-    "data": ChannelRules(limits=FrameLimits(), queue_bytes=64 * _MIB, drops_oldest=False),
-    "probe": ChannelRules(limits=FrameLimits(), queue_bytes=64 * _MIB, drops_oldest=False),
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerEvents:
-    """Synchronous callbacks, made in the event loop; they must not block.
-
-    `on_message(peer, message, payload)`: the payload is the receiver's to keep. `on_peer_up` comes before a
-    peer's first message. `on_peer_down(peer, reason)`: its last connection is gone, or it restarted.
-    `on_refused(peer)`: its connections ended and its host answered a redial with "nobody listens", so the
-    process is gone. `on_channel_lost(peer, channel, reason)`: messages sent on it may not have arrived.
-    `admit` answers strangers that ask to join; None refuses them all.
-    """
-
-    on_message: Callable[[NodeId, msgspec.Struct, memoryview], None]
-    on_peer_up: Callable[[NodeId], None] = lambda node_id: None
-    on_peer_down: Callable[[NodeId, str], None] = lambda node_id, reason: None
-    on_refused: Callable[[NodeId], None] = lambda node_id: None
-    on_channel_lost: Callable[[NodeId, Channel, str], None] = lambda node_id, channel, reason: None
-    admit: Callable[[JoinRequest], Awaitable[JoinAccepted | JoinRefused]] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerInfo:
-    """A snapshot of what connections have told about a peer."""
-
-    node_id: NodeId
-    address: Address | None
-    is_up: bool
-    name: str
-    boot: int | None
-    hexmesh_version: str
-    clock_difference_s: float | None
-    """How far its clock is ahead of ours."""
+_SAY_AGAIN_S = 60.0
+_MAX_SAID = 256
 
 
 @dataclass(slots=True)
@@ -144,13 +96,14 @@ class PeerNetwork:
         self._client_context = client_context(local.tls)
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._said: dict[tuple[str, str], float] = {}
         self._is_open = False
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         await self._group.__aenter__()
         self._is_open = True
-        self._listen()
+        self._acceptor = Acceptor(self._listener, self._welcome)
         return self
 
     async def __aexit__(
@@ -160,14 +113,13 @@ class PeerNetwork:
         traceback: TracebackType | None,
     ) -> None:
         self._is_open = False
-        self._loop.remove_reader(self._listener.fileno())
-        self._listener.close()
+        self._acceptor.close()
         for peer in self._peers.values():
             for link in peer.outgoing.values():
                 link.close()
         for incoming in list(self._accepted):
             incoming.close()
-        for task in self._tasks:
+        for task in list(self._tasks):
             task.cancel()
         if isinstance(error, asyncio.CancelledError):
             await self._group.__aexit__(kind, error, traceback)
@@ -276,7 +228,7 @@ class PeerNetwork:
         if not self._is_open or peer is None:
             return
         if failure.loss.kind in ("tls", "refused", "protocol"):
-            _log.warning("peer refused node=%s reason=%s", short(link.node_id), failure.loss.message)
+            self._complain(short(link.node_id), failure.loss.message)
         if link.channel != "control" and link.outbox.clear():
             self._events.on_channel_lost(link.node_id, link.channel, failure.loss.message)
         if failure.is_refused and peer.is_suspect and not peer.is_connected:
@@ -316,13 +268,24 @@ class PeerNetwork:
             return
         if loss.kind in ("tls", "protocol", "timeout"):
             who = short(incoming.member.node_id) if incoming.member is not None else "unknown"
-            _log.warning("connection refused node=%s reason=%s", who, loss.message)
+            self._complain(who, loss.message)
         if incoming.member is None:
             return
         peer = self._peers.get(incoming.member.node_id)
         if peer is not None and peer.incoming.get(incoming.channel) is incoming:
             del peer.incoming[incoming.channel]
             self._lost(peer, loss)
+
+    def _complain(self, who: str, reason: str) -> None:
+        """Say once a minute why nothing comes of a connection: the other side may try again for ever."""
+        now_s = self._loop.time()
+        said = {
+            complaint: said_s for complaint, said_s in self._said.items() if now_s - said_s < _SAY_AGAIN_S
+        }
+        if (who, reason) not in said and len(said) < _MAX_SAID:
+            said[who, reason] = now_s
+            _log.warning("no connection node=%s reason=%s", who, reason)
+        self._said = said
 
     # How a peer comes and goes.
 
@@ -399,23 +362,6 @@ class PeerNetwork:
         return task
 
     # Accepting.
-
-    def _listen(self) -> None:
-        if self._is_open:
-            self._loop.add_reader(self._listener.fileno(), self._accept)
-
-    def _accept(self) -> None:
-        for _ in range(_ACCEPTS_A_TURN):
-            try:
-                sock, _ = self._listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:  # out of file descriptors: leave them in the kernel's queue for a while
-                _log.error("cannot accept reason=%s", error)
-                self._loop.remove_reader(self._listener.fileno())
-                self._loop.call_later(_ACCEPT_PAUSE_S, self._listen)
-                return
-            self._welcome(sock)
 
     def _welcome(self, sock: socket.socket) -> None:
         n_ungreeted = sum(not incoming.is_member for incoming in self._accepted)

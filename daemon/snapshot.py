@@ -245,12 +245,18 @@ class MeshState:
         plan = self.plan_now()
         running = waiting = total = free = 0
         for replica in plan.replicas if plan is not None else ():
-            stats = self.stats.get(replica.id)
+            stats = self._stats_of(replica.id)
             total += replica.kv_blocks
             free += stats.kv_blocks_free if stats is not None else replica.kv_blocks
             running += stats.requests_running if stats is not None else 0
             waiting += stats.requests_waiting if stats is not None else 0
         return running, waiting, total, min(free, total)
+
+    def _stats_of(self, replica_id: str) -> ReplicaStats | None:
+        """What the replica does: this moment if it is driven here, else as its driver said last."""
+        held = self.epochs.committed
+        driver = held.drivers.get(replica_id) if held is not None else None
+        return driver.stats(time.monotonic()) if driver is not None else self.stats.get(replica_id)
 
     def _member_state(
         self, record: NodeRecord, member: CoordinationMember | None, now_s: float
@@ -311,7 +317,7 @@ class MeshState:
         return [self._replica_view(replica) for replica in plan.replicas] if plan is not None else []
 
     def _replica_view(self, replica: Replica) -> ReplicaView:
-        stats = self.stats.get(replica.id)
+        stats = self._stats_of(replica.id)
         n_used = stats.kv_blocks_total - stats.kv_blocks_free if stats is not None else None
         return ReplicaView(
             id=replica.id,
@@ -328,7 +334,7 @@ class MeshState:
         if plan is None:
             return None
         replica = plan.replicas[0]
-        stats = self.stats.get(replica.id)
+        stats = self._stats_of(replica.id)
         busy = stats.stage_busy if stats is not None else []
         if len(busy) == len(replica.stages) and max(busy) > 0:
             index = max(range(len(busy)), key=busy.__getitem__)

@@ -56,8 +56,14 @@ WORKSHOP_REQUEST = SpawnWorker | KillWorker
 WORKSHOP_REPLY = WorkerSpawned | WorkerExited
 
 
+NO_DEVICE_STATUS = 69
+"""Exit status of a worker whose device this host does not have."""
+
+
 def describe_exit(returncode: int) -> str:
-    """How a process ended, in words."""
+    """How a worker ended, in words."""
+    if returncode == NO_DEVICE_STATUS:
+        return "the host has no such device"
     if returncode >= 0:
         return f"exit status {returncode}"
     try:

@@ -16,9 +16,17 @@ import time
 from collections.abc import Callable
 from typing import NoReturn, assert_never
 
-from daemon.worker_channel import WORKER_FRAMES, WORKER_TITLE, SpawnWorker, die_with_parent, set_process_title
+from daemon.worker_channel import (
+    NO_DEVICE_STATUS,
+    WORKER_FRAMES,
+    WORKER_TITLE,
+    SpawnWorker,
+    die_with_parent,
+    set_process_title,
+)
 from hexmesh.errors import HexmeshError, InvalidInput, NotReady, Refused
 from hexmesh.runtime.device import (
+    Device,
     device_name,
     is_device_lost,
     measure_bandwidth,
@@ -55,22 +63,27 @@ def run_worker(connection: socket.socket, order: SpawnWorker, parent_pid: int) -
     set_process_title(WORKER_TITLE)
     if order.cpu_affinity is not None:
         os.sched_setaffinity(0, order.cpu_affinity)
-    _WorkerLoop(connection, order).read_forever()
+    try:
+        device = pick_device(order.device)
+    except InvalidInput as error:
+        log.error("%s", error.one_line())
+        os._exit(NO_DEVICE_STATUS)
+    _WorkerLoop(connection, device, order.threads).read_forever()
     os._exit(0)
 
 
 class _WorkerLoop:
     """Owns the socket, the device's residents and the two queues."""
 
-    def __init__(self, connection: socket.socket, order: SpawnWorker) -> None:
+    def __init__(self, connection: socket.socket, device: Device, threads: int) -> None:
         self._connection = connection
-        self._threads = order.threads
+        self._threads = threads
         self._send_lock = threading.Lock()
         self._waiting_lock = threading.Lock()
         self._waiting: dict[str, list[tuple[RunStep, memoryview]]] = {}
         self._steps: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._loads: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._device = pick_device(order.device)
+        self._device = device
         self._residency = Residency(self._device)
 
     def read_forever(self) -> None:

@@ -254,6 +254,7 @@ class Workshop:
         self._process: asyncio.subprocess.Process | None = None
         self._control: socket.socket | None = None
         self._decoder = msgspec.msgpack.Decoder(WORKSHOP_REPLY)
+        self._starting = asyncio.Lock()
         self._n_started = 0
         self._spawning: dict[int, asyncio.Future[int]] = {}
         self._workers: dict[int, Worker] = {}
@@ -274,17 +275,21 @@ class Workshop:
                     await worker.wait_closed()
         except TimeoutError:
             log.warning("workers did not end in %.0f s and are killed", _CLOSE_WITHIN_S)
+        finally:
+            self._close_control()
+            for worker in workers:
+                worker._process_ended("closed by the daemon")
         await self._end_process()
-        for worker in workers:
-            worker._process_ended("closed by the daemon")
 
     async def start_worker(self, device: str, threads: int, cpu_affinity: tuple[int, ...] | None) -> Worker:
         """A new worker for device "cpu" or "cuda:i". Raises Lost if the workshop dies.
 
         Callers set a time limit.
         """
-        if self._control is None:
-            await self._start_process()
+        async with self._starting:
+            if self._control is None:
+                await self._end_process()
+                await self._start_process()
         assert self._control is not None
         number = self._n_started
         self._n_started += 1

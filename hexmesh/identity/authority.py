@@ -5,13 +5,12 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hexmesh.errors import InvalidInput, Refused
-from hexmesh.identity.certificates import check_root, dht_uri, mesh_id_of, node_uri
+from hexmesh.identity.certificates import UNREADABLE, check_root, dht_uri, mesh_id_of, node_uri
 from hexmesh.identity.keys import NodeKey, node_id_of, private_key_from_pem, private_key_to_pem
 from hexmesh.ids import MeshId, NodeId
 
@@ -107,7 +106,7 @@ def _proven_key(csr_der: bytes) -> Ed25519PublicKey:
         request = x509.load_der_x509_csr(csr_der)
         public = request.public_key()
         is_proven = request.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise Refused("the certificate request cannot be read", code="bad_request") from error
     if not isinstance(public, Ed25519PublicKey) or not is_proven:
         raise Refused("the certificate request does not prove an Ed25519 key", code="bad_request")

@@ -26,6 +26,17 @@ from hexmesh.ids import MeshId, NodeId, fingerprint
 
 _SCHEME = "hexmesh"
 _MAX_CHAIN = 4
+
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+"""What the cryptography library raises for strangers' bytes; it has no common class for them."""
+
 _Extension = TypeVar("_Extension", bound=x509.ExtensionType)
 
 
@@ -72,7 +83,7 @@ def chain_from_pem(pem: bytes) -> list[bytes]:
     """The DER certificates of a PEM file. Raises InvalidInput."""
     try:
         return [one.public_bytes(Encoding.DER) for one in x509.load_pem_x509_certificates(pem)]
-    except ValueError as error:
+    except UNREADABLE as error:
         raise InvalidInput("not a PEM certificate file", code="bad_certificate") from error
 
 
@@ -118,7 +129,7 @@ def verify_member(chain: Sequence[bytes], root_der: bytes, now: datetime) -> Mem
 def _load(der: bytes) -> x509.Certificate:
     try:
         return x509.load_der_x509_certificate(der)
-    except ValueError as error:
+    except UNREADABLE as error:
         raise InvalidInput("not a DER certificate", code="bad_certificate") from error
 
 
@@ -133,7 +144,7 @@ def _check_signature(certificate: x509.Certificate, issuer: x509.Certificate) ->
     _public_key(issuer)
     try:
         certificate.verify_directly_issued_by(issuer)
-    except (InvalidSignature, ValueError, TypeError) as error:
+    except (InvalidSignature, *UNREADABLE) as error:
         raise _refusal("the certificate was not issued under this mesh's root", code="other_mesh") from error
 
 
@@ -189,7 +200,7 @@ def _names(certificate: x509.Certificate) -> tuple[MeshId, NodeId, str]:
 def _public_key(certificate: x509.Certificate) -> Ed25519PublicKey:
     try:
         public = certificate.public_key()
-    except (ValueError, UnsupportedAlgorithm) as error:
+    except UNREADABLE as error:
         raise _refusal("the certificate's key cannot be read") from error
     if not isinstance(public, Ed25519PublicKey):
         raise _refusal("the certificate's key is not an Ed25519 key")
@@ -199,7 +210,7 @@ def _public_key(certificate: x509.Certificate) -> Ed25519PublicKey:
 def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> _Extension:
     try:
         return certificate.extensions.get_extension_for_class(kind).value
-    except (x509.ExtensionNotFound, ValueError) as error:
+    except (x509.ExtensionNotFound, *UNREADABLE) as error:
         raise _refusal(f"the certificate lacks a valid {kind.__name__}") from error
 
 

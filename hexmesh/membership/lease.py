@@ -15,6 +15,7 @@ class Lease:
         self._owner = (node, boot)
         self._lease_s = lease_s
         self._seen = (("", 0), 0)
+        self._is_ending = False
         self.promised: Ballot = LEAST_BALLOT
         self.until_s: float = now_s
         self.heirs: tuple[str, ...] = ()
@@ -39,12 +40,18 @@ class Lease:
             self.heirs = ()
         self.promised = ballot
         self.until_s = now_s + self._lease_s
+        self._is_ending = False
 
     def renew(self, now_s: float) -> None:
-        self.until_s = now_s + self._lease_s
+        if not self._is_ending:
+            self.until_s = now_s + self._lease_s
 
     def end_within(self, left_s: float, now_s: float) -> None:
-        """Transport evidence that the holder is gone: shorten the lease, never lengthen it."""
+        """Evidence that the holder is gone: shorten the lease, and let no late beat renew it.
+
+        If the evidence was wrong, the holder asks again and is granted the host anew.
+        """
+        self._is_ending = True
         self.until_s = min(self.until_s, now_s + left_s)
 
     def is_overtaken(self, owner: tuple[str, int], seq: int) -> bool:

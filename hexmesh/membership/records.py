@@ -117,7 +117,8 @@ def key_hash(key: bytes) -> bytes:
 
 
 def sign_record(record: NodeRecord, *, expires_at_unix_s: float, chain: Chain, sign: Sign) -> bytes:
-    """The record as bytes that any member can verify and pass on. Raises Refused if it is too large."""
+    """The record as bytes that any member can verify and pass on. Raises Refused where others would."""
+    _check_figures(record)
     unsigned = SignedRecord(
         key_hash=key_hash(facts_key(record.mesh_id)),
         subkey=record.node,
@@ -128,7 +129,7 @@ def sign_record(record: NodeRecord, *, expires_at_unix_s: float, chain: Chain, s
     )
     signed = msgspec.structs.replace(unsigned, signature=sign(unsigned.payload()))
     data = msgspec.msgpack.encode(signed)
-    _check_size(data)
+    _read(data)
     return data
 
 

@@ -20,6 +20,9 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 
+Device = torch.device
+"""For those who may not import torch."""
+
 _WINDOW_S = 0.05
 _N_WINDOWS = 5
 _WANTED_SPREAD = 0.10

@@ -34,12 +34,13 @@ class _Resident:
     stage: Stage | None = None
     n_layers_reused: int = 0
 
-    def part_keys(self) -> dict[str, int]:
-        """Bytes of each part under a key that is equal exactly for equal weights."""
-        order = self.draft.order
-        return {
-            f"{order.model_id}/{order.dtype}/{name}": size for name, size in self.draft.part_bytes.items()
-        }
+    def key(self, part: str) -> str:
+        """A part's name among all models, equal exactly for equal weights."""
+        return f"{self.draft.order.model_id}/{self.draft.order.dtype}/{part}"
+
+    def part_bytes(self) -> dict[str, int]:
+        """Bytes of each part, by key."""
+        return {self.key(name): size for name, size in self.draft.part_bytes.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +130,12 @@ class Residency:
             resident.progress = "ready"
 
     def _fill(self, resident: _Resident) -> None:
-        prefix = f"{resident.draft.order.model_id}/{resident.draft.order.dtype}/"
-        shared = {
-            name: self._parts[prefix + name]
-            for name in resident.draft.splice.paths
-            if prefix + name in self._parts
-        }
+        names = resident.draft.splice.paths
+        held = {name: self._parts.get(resident.key(name)) for name in names}
+        shared = {name: module for name, module in held.items() if module is not None}
         fill(resident.draft, shared)
-        for name in resident.draft.splice.paths:
-            self._parts[prefix + name] = resident.draft.splice.part(name)
+        for name in names:
+            self._parts[resident.key(name)] = resident.draft.splice.part(name)
         resident.n_layers_reused = sum(name in shared for name in resident.draft.splice.layer_parts())
         resident.draft.make_stage(n_blocks=1).warm_up()
 
@@ -149,7 +147,7 @@ class Residency:
         parts: dict[str, int] = {}
         n_bytes = candidate.draft.pool_bytes if is_with_pool else 0
         for resident in held:
-            parts.update(resident.part_keys())
+            parts.update(resident.part_bytes())
             n_bytes += resident.draft.rest_bytes
             if resident.progress == "ready":
                 n_bytes += resident.draft.pool_bytes
@@ -159,7 +157,7 @@ class Residency:
         gone = self._residents.pop(stage, None)
         if gone is None:
             return
-        used = {key for resident in self._residents.values() for key in resident.part_keys()}
+        used = {key for resident in self._residents.values() for key in resident.part_bytes()}
         for key in [key for key in self._parts if key not in used]:
             del self._parts[key]
         del gone

@@ -5,7 +5,7 @@ A stranger (no certificate) may say only WantRoot and JoinRequest, in frames of 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -22,28 +22,36 @@ JOIN_REPLY_LIMITS = FrameLimits(header_bytes=1024 * 1024, payload_bytes=0)
 
 Channel = Literal["control", "data", "probe"]
 
+MAX_TEXT = 256
+_PRINTABLE = r"\A[^\x00-\x1f\x7f-\x9f]*\Z"
+
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT, pattern=_PRINTABLE)]
+"""Names and addresses from others end up in logs and terminals: no line breaks, no escape sequences."""
+
+Sentence = Annotated[str, msgspec.Meta(max_length=2000, pattern=_PRINTABLE)]
+
 
 class PeerHello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """First frame in both directions of every connection between members."""
 
     protocol_version: int
-    hexmesh_version: str
-    node_id: str
+    hexmesh_version: Text
+    node_id: Text
     boot: int
-    name: str
+    name: Text
     clock_unix_s: float
     channel: Channel = "control"
     """What the dialling side will send here; the accepting side repeats it."""
-    address: str = ""
+    address: Text = ""
     """Where the speaker can be dialled, host:port; empty if it cannot."""
 
 
 class PeerRefused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Instead of a PeerHello: why this connection is about to be closed."""
 
-    code: str
-    message: str
-    next_step: str = ""
+    code: Text
+    message: Sentence
+    next_step: Sentence = ""
 
 
 class WantRoot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -62,19 +70,19 @@ class JoinRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """From a stranger that has verified the mesh: admit me. Never sent before that, it holds the secret."""
 
     protocol_version: int
-    hexmesh_version: str
-    issuer: str
+    hexmesh_version: Text
+    issuer: Text
     """Node id of the token's issuer, the only one that can redeem it."""
     secret: bytes
     """Empty towards any other node than the issuer."""
     csr: bytes
     """PKCS #10 request, DER: the node's public key and the proof that it holds the private key."""
-    dht_peer_id: str
-    name: str
+    dht_peer_id: Text
+    name: Text
     clock_unix_s: float
-    model_id: str | None = None
+    model_id: Text | None = None
     """Set when the operator named a model; must be the mesh's."""
-    address: str = ""
+    address: Text = ""
     """Where the new node will be dialled, host:port."""
 
     def __repr__(self) -> str:
@@ -85,7 +93,7 @@ class JoinRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class ModelReference(msgspec.Struct, frozen=True, kw_only=True):
     """The mesh's model, and where its files may be found."""
 
-    name: str
+    name: Text
     model_id: str
     root: str
     """A folder or a hub id, as the founder named it."""
@@ -94,9 +102,9 @@ class ModelReference(msgspec.Struct, frozen=True, kw_only=True):
 class MemberAddress(msgspec.Struct, frozen=True, kw_only=True):
     """A member and where it is dialled."""
 
-    node_id: str
-    name: str
-    address: str
+    node_id: Text
+    name: Text
+    address: Text
     dht_maddrs: list[str] = []
 
 
@@ -115,10 +123,10 @@ class JoinAccepted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class JoinRefused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Why not, and what to do next."""
 
-    code: str
-    message: str
-    next_step: str = ""
-    issuer_address: str = ""
+    code: Text
+    message: Sentence
+    next_step: Sentence = ""
+    issuer_address: Text = ""
     """With code other_issuer: where the token's issuer is dialled, host:port."""
 
 

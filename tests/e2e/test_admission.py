@@ -420,6 +420,12 @@ async def test_secrets_stay_out_of_logs(tmp_path: Path, caplog: pytest.LogCaptur
         assert secret not in text
 
 
+@pytest.mark.parametrize("name", ["", "two\nlines", "x" * 300])
+def test_a_name_that_others_would_not_take(name: str) -> None:
+    with pytest.raises(InvalidInput, match="printable"):
+        joiner(name)
+
+
 def test_a_port_in_use_is_named_with_its_flag() -> None:
     with listen_tcp(LOOPBACK, 0, flag="--peer-port") as listener:
         port = bound_address(listener).port

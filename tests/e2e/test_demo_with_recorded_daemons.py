@@ -79,7 +79,7 @@ def test_a_daemon_that_hangs_is_killed_with_its_workers(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECORDED_DAEMON_HANGS", "1")
-    monkeypatch.setattr("daemon.demo._STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("daemon.demo.STOP_TIMEOUT_S", 0.2)
     assert demo() == 0
     wait_until(lambda: daemons_under(temporary) == [])
     assert list(temporary.iterdir()) == []

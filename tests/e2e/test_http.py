@@ -506,6 +506,15 @@ async def test_generate_lines(service: FakeService, session: ClientSession) -> N
     assert end["usage"]["completion_tokens"] == len(lines)
 
 
+@pytest.mark.parametrize("field", [{"n": 2}, {"logprobs": 3}])
+async def test_generate_refuses_what_only_the_openai_routes_do(
+    service: FakeService, session: ClientSession, field: dict[str, Any]
+) -> None:
+    status, answer, _ = await post(session, "/generate", {"prompt": "hi", **field})
+    assert (status, answer["error"]["code"]) == (400, "unsupported_parameter")
+    assert (await post(session, "/generate", {"prompt": "hi", "n": 1}))[0] == 200
+
+
 async def test_generate_breaks_with_an_error_line(service: FakeService, session: ClientSession) -> None:
     service.failure_after = (1, Lost("gone"))
     _, raw = await post_raw(session, "/generate", {"prompt": "hi", "stream": True})
@@ -590,8 +599,6 @@ async def test_neutral_and_unknown_fields_are_accepted(session: ClientSession, p
 async def test_unsupported_parameters_are_refused_by_name(
     service: FakeService, session: ClientSession, path: str, name: str, value: object
 ) -> None:
-    if path == "/generate" and name == "response_format":
-        pytest.skip("not a field of /generate")
     base: dict[str, object] = {"prompt": "hi"} if path == "/generate" else {**CHAT, **PROMPT}
     status, answer, headers = await post(session, path, {**base, name: value})
     assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "unsupported_parameter", name)

@@ -20,7 +20,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from daemon import incoming, peers
+from daemon import connection, incoming, outgoing, peers
 from daemon.address import LOOPBACK, listen_tcp
 from daemon.peers import CHANNELS, PeerEvents, PeerNetwork
 from daemon.tls import client_context, stranger_context
@@ -204,6 +204,18 @@ async def test_a_member_of_another_mesh_is_refused(
 
     assert (a.seen, a.messages) == ([], [])
     assert "certificate" in caplog.text.lower()
+
+
+async def test_a_reason_is_said_once(pair: tuple[Member, Member], caplog: pytest.LogCaptureFixture) -> None:
+    a, b = pair
+    newer = replace(b.local, protocol_version=7)
+    async with network_of(a), PeerNetwork(newer, b.listener, b.events) as network:
+        introduce(network, a)
+        for n in range(1, 4):
+            network.send(a.node_id, note("again"), channel="data")
+            await b.until(lambda n=n: len(b.seen) == n)  # type: ignore[misc]
+
+    assert caplog.text.count("speaks protocol 7") == 1
 
 
 async def test_a_mesh_of_another_root_is_not_talked_to(
@@ -453,6 +465,38 @@ async def test_a_peer_that_comes_back_is_redialled(pair: tuple[Member, Member]) 
 
     assert [event[0] for event in a.seen] == ["up", "lost", "down", "refused", "up"]
     assert back.messages[0][1] == note("two")
+
+
+async def test_a_new_address_is_tried_at_once(
+    pair: tuple[Member, Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outgoing, "_FIRST_DELAY_S", 1000.0)
+    a, b = pair
+    unused = listen_tcp(LOOPBACK, 0, flag="")
+    wrong_port = unused.getsockname()[1]
+    unused.close()
+    async with network_of(a) as network, network_of(b):
+        network.learn_address(b.node_id, LOOPBACK, wrong_port)
+        network.send(b.node_id, note("lost"), channel="data")
+        await a.until(lambda: a.seen == [("lost", b.node_id, "data")])
+        network.send(b.node_id, note("found"), channel="data")
+        introduce(network, b)
+        await b.until(lambda: len(b.messages) == 1)
+
+
+async def test_what_is_decrypted_already_is_not_left_lying(
+    pair: tuple[Member, Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record that ends one frame and holds another takes two turns; no selector tells of the second."""
+    monkeypatch.setattr(connection, "_READ_TURN_BYTES", 1)
+    a, b = pair
+    stream = b"".join(bytes(part) for text in ("one", "two") for part in codec.DATA.frame(note(text)))
+    async with network_of(a), dialled(a.port, client_context(b.local.tls)) as raw:
+        raw.say(b.local.hello("control"))
+        assert isinstance(await raw.hear_one(), PeerHello)
+        raw.write(stream[:10])
+        raw.write(stream[10:])
+        await a.until(lambda: len(a.messages) == 2)
 
 
 async def test_a_restart_is_noticed_by_the_boot(pair: tuple[Member, Member], tmp_path: Path) -> None:

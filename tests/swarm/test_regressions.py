@@ -1,6 +1,6 @@
 """Schedules that broke naive rules, each with the rule switched off as proof that the schedule still bites.
 
-Rows are those of the table of counter-examples in `docs/decisions` on coordination.
+Rows are those of the coordination rules' table of counter-examples.
 """
 
 from __future__ import annotations

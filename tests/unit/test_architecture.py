@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "architectures": FOUNDATION,
     "identity": FOUNDATION,
     "plan": FACTS,
-    "cost": FACTS,
+    "cost": FACTS | {"plan"},
     "serving": FACTS | {"plan", "wire"},
     "wire": FACTS | {"plan"},
     "schedule": FACTS | {"plan", "cost"},

@@ -234,12 +234,12 @@ def test_an_asker_that_dies_frees_its_peer_after_a_while() -> None:
         async with Mesh("abc") as mesh:
             mesh.network.add_link("a", "b", rtt_s=0.01, bytes_per_s=1e6)
             mesh.network.add_link("b", "c", rtt_s=0.01, bytes_per_s=50e6)
-            mesh.connect("a", "b")
+            mesh["a"].connected("b")
             await mesh.network.first_chunk.wait()
             for pair in (("a", "b"), ("b", "a")):
                 mesh.network.links[pair].is_cut = True
-            mesh.connect("b", "c")
-            took_s = await mesh.until_measured(("b", "c"), ("c", "b"), patience_s=TURN_LEASE_S + 6.0)
+            mesh["c"].connected("b")
+            took_s = await mesh.until_measured(("c", "b"), patience_s=TURN_LEASE_S + 6.0)
             assert took_s > 1.0
 
     run_virtually(scene())

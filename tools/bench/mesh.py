@@ -135,13 +135,9 @@ def generate(daemon: LocalDaemon, prompt: list[int], max_tokens: int) -> Timed:
     body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     started_s = time.perf_counter()
     times_s = []
-    buffer = b""
-    for chunk in daemon.client.stream("/generate", body):
-        buffer += chunk
-        while b"\n" in buffer:
-            line, _, buffer = buffer.partition(b"\n")
-            if "token_id" in json.loads(line):
-                times_s.append(time.perf_counter() - started_s)
+    for line in daemon.client.stream("/generate", body):
+        if line.strip() and json.loads(line).get("token_id") is not None:
+            times_s.append(time.perf_counter() - started_s)
     return Timed(times_s)
 
 

@@ -102,6 +102,13 @@ def signed(
     )
 
 
+def with_body(facts: NodeRecord) -> bytes:
+    """A well-signed record of facts that `sign_record` itself refuses."""
+    with pytest.raises(Refused):
+        signed(facts)
+    return resigned(signed(record(facts.node)), body=msgspec.msgpack.encode(facts))
+
+
 def opened(data: bytes, now_s: float = NOW_S) -> KnownRecord:
     return open_record(data, mesh_id=MESH, verify=verify, now_unix_s=now_s)
 
@@ -201,11 +208,11 @@ def test_sizes_are_bounded() -> None:
     with pytest.raises(Refused, match="over the limit"):
         opened(b"x" * (MAX_RECORD_BYTES + 1))
     with pytest.raises(Refused):
-        opened(signed(record("a", name="n" * 257)))
+        opened(with_body(record("a", name="n" * 257)))
     with pytest.raises(Refused):
-        opened(signed(record("a", devices=tuple(device(i) for i in range(65)))))
+        opened(with_body(record("a", devices=tuple(device(i) for i in range(65)))))
     with pytest.raises(Refused):
-        opened(signed(record("a"), chain=(b"a",) * 5))
+        opened(resigned(signed(record("a")), chain=(b"a",) * 5))
 
 
 def test_a_record_of_a_large_mesh_fits() -> None:
@@ -231,7 +238,7 @@ def test_a_record_of_a_large_mesh_fits() -> None:
 )
 def test_figures_that_no_measurement_gives_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(Refused):
-        opened(signed(record("a", **wrong)))
+        opened(with_body(record("a", **wrong)))
 
 
 def test_the_directory_keeps_the_newest() -> None:

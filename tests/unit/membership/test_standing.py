@@ -89,6 +89,19 @@ def test_a_refused_connection_to_the_holder_shortens_the_lease() -> None:
     assert puppet.outputs(CoordinatorChanged) == [CoordinatorChanged(None)]
 
 
+def test_a_late_beat_does_not_renew_a_lease_that_ends() -> None:
+    puppet = Puppet()
+    puppet.ask(A)
+    puppet.machine.connection_refused("a", puppet.now_s)
+    puppet.beat(A)
+    puppet.tick(TIMERS.refused_lease_s + 0.01)
+    assert puppet.outputs(CoordinatorChanged) == [CoordinatorChanged(None)]
+    puppet.ask(A)
+    puppet.beat(A)
+    puppet.tick(TIMERS.lease_s - 0.01)
+    assert puppet.outputs(CoordinatorChanged) == []
+
+
 def test_a_refused_connection_to_another_does_not() -> None:
     puppet = Puppet()
     puppet.ask(A)

@@ -153,17 +153,19 @@ def test_only_own_blocks_are_written() -> None:
         torch.testing.assert_close(held[:, : LENGTHS[sequence]], scene.v[sequence])
 
 
-def test_overflow_in_one_sequence_does_not_reach_others() -> None:
+def test_overflow_in_one_sequence_does_not_reach_the_next_user_of_its_blocks() -> None:
     scene = Scene(4, 2)
-    scene.store_past()
-    expected = scene.run(scene.new_rows())
-    scene.v[3][:, -1] = float("inf")
-    scene.k[4][:, -1] = float("nan")
+    scene.k[4].fill_(float("nan"))
+    scene.v[4].fill_(float("inf"))
+    scene.run([(4, 0, LENGTHS[4])])
+    scene.tables[3] = scene.tables[4]
+    scene.run([(3, 0, 5)])
 
-    answers = scene.run(scene.new_rows())
+    [decoded, _] = scene.run([(3, 5, 6), (5, 0, 1)])
+    [chunk] = scene.run([(3, 6, 9)])
 
-    for sequence in (0, 1, 2, 5):
-        torch.testing.assert_close(answers[sequence], expected[sequence])
+    torch.testing.assert_close(decoded, scene.dense(3, 5, 6))
+    torch.testing.assert_close(chunk, scene.dense(3, 6, 9))
 
 
 def test_a_mask_of_the_models_own_is_an_error() -> None:

@@ -44,16 +44,17 @@ generated = st.builds(
     tokens=st.lists(sampled, max_size=4),
     finish_reason=st.sampled_from([None, "stop", "length"]),
 )
+words = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=40)
 hello = st.builds(
     PeerHello,
     protocol_version=st.integers(0, 2**31),
-    hexmesh_version=st.text(max_size=20),
-    node_id=st.text(max_size=40),
+    hexmesh_version=words,
+    node_id=words,
     boot=st.integers(0, 2**62),
-    name=st.text(max_size=20),
+    name=words,
     clock_unix_s=st.floats(allow_nan=False),
     channel=st.sampled_from(["control", "data", "probe"]),
-    address=st.text(max_size=30),
+    address=words,
 )
 
 
@@ -126,6 +127,14 @@ def test_a_wrong_type_is_named() -> None:
 
     with pytest.raises(InvalidInput, match=r"Expected `int`, got `str` - at `\$.attempt`"):
         codec.DATA.decode(msgspec.msgpack.encode(fields))
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "\x1b[31mred", "x" * 257])
+def test_names_from_others_fit_a_log_line(name: str) -> None:
+    hello = PeerHello(protocol_version=1, hexmesh_version="", node_id="", boot=1, name=name, clock_unix_s=0)
+
+    with pytest.raises(InvalidInput, match="name"):
+        codec.PEERING.decode(codec.encode(hello))
 
 
 def test_newer_fields_are_skipped() -> None:

@@ -15,10 +15,10 @@ import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 from hivemind.dht.node import DHTNode
@@ -41,6 +41,8 @@ log = logging.getLogger("hexmesh.dht")
 
 CALL_PATIENCE_S = 3.0
 _CONNECT_PATIENCE_S = 5.0
+_SEARCH_PATIENCE_S = 12.0
+_CLOSE_PATIENCE_S = 1.0
 _FRESH_S = 10.0
 """A request is accepted for this long either side of our clock; its nonce is remembered for twice that."""
 _NONCE_BYTES = 16
@@ -176,6 +178,7 @@ class HivemindNode:
         self._p2p = p2p
         self._node = node
         self._now_unix_s = now_unix_s
+        self._calls: set[asyncio.Task[Any]] = set()
 
     @classmethod
     async def open(
@@ -202,6 +205,12 @@ class HivemindNode:
     async def close(self) -> None:
         """Let go of p2pd. Handlers are not unregistered: that waits for ever on a dead p2pd."""
         self._node.is_alive = False
+        self._p2p.call_protobuf_handler = _fail_at_once
+        for answer in list(self._p2p._client.control._pending_calls.values()):
+            if not answer.done():
+                answer.set_exception(P2PDaemonError("the DHT is closed"))
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=_CLOSE_PATIENCE_S)
         await self._p2p.shutdown()
 
     async def own_maddrs(self) -> tuple[str, ...]:
@@ -239,8 +248,7 @@ class HivemindNode:
 
     async def find_neighbours(self) -> None:
         """Fill the routing table with the peers nearest to us."""
-        async with _p2pd_call("the DHT does not answer", patience_s=4 * CALL_PATIENCE_S):
-            await self._node.find_nearest_nodes([self._node.node_id])
+        await self._call(self._node.find_nearest_nodes([self._node.node_id]))
 
     def knows(self, maddr: str) -> bool:
         """Whether a peer is in the routing table now."""
@@ -249,18 +257,29 @@ class HivemindNode:
 
     async def store(self, key: bytes, subkey: str, value: bytes, expires_at_unix_s: float) -> bool:
         """Store under (key, subkey); False when a newer value lies there or a validator refuses it."""
-        async with _p2pd_call("the DHT does not answer", patience_s=4 * CALL_PATIENCE_S):
-            return bool(await self._node.store(key, value, expires_at_unix_s, subkey=subkey))
+        return bool(await self._call(self._node.store(key, value, expires_at_unix_s, subkey=subkey)))
 
     async def fetch(self, key: bytes) -> dict[str, bytes]:
         """All that lies under the key, by subkey."""
-        async with _p2pd_call("the DHT does not answer", patience_s=4 * CALL_PATIENCE_S):
-            found = await self._node.get(key, latest=True)
+        found = await self._call(self._node.get(key, latest=True))
         if found is None or not isinstance(found.value, dict):
             return {}
         return {
             subkey: entry.value for subkey, entry in found.value.items() if isinstance(entry.value, bytes)
         }
+
+    async def _call(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Run a search of hivemind's to its end even when nobody waits for it any more.
+
+        A cancelled search leaves tasks behind that asyncio reports as lost. Its end is near in any case:
+        every request has a deadline, and `close` makes all of them fail.
+        """
+        task = asyncio.create_task(work)
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+        task.add_done_callback(_retrieve)
+        async with _p2pd_call("the DHT does not answer", patience_s=_SEARCH_PATIENCE_S):
+            return await asyncio.shield(task)
 
     async def _ping(self, peer_id: PeerID, request: Any, address: str) -> Any:
         """hivemind's `call_ping` hides why a peer refuses; this says it."""
@@ -308,7 +327,17 @@ def _retrieve_failures(p2p: P2P) -> None:
     control = p2p._client.control
     tasks: Iterable[asyncio.Task[Any]] = (control._read_task, control._write_task)
     for task in tasks:
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        task.add_done_callback(_retrieve)
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Take note of a failure, so that asyncio does not report it as unheard."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def _fail_at_once(*_: object, **__: object) -> NoReturn:
+    raise P2PDaemonError("the DHT is closed")
 
 
 def _signed_part(role: bytes, message: Any) -> bytes:

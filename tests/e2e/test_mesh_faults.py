@@ -1,0 +1,190 @@
+"""What a mesh of real daemons does when processes die: SIGKILL, no warning."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from daemon.demo_memory import memory_for_exactly
+from daemon.local_mesh import LocalDaemon, LocalMesh
+from daemon.model_source import resolve_model
+from hexmesh.errors import NotReady
+from hexmesh.model_spec import model_spec_from_config
+from tests.e2e.asking import Stream, expected, token_ids
+
+FLAGS = ("--device", "cpu", "--threads", "1", "--min-nodes", "3", "--memory")
+QUESTION = "What is a KV cache?"
+N_TOKENS = 300
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[LocalMesh]:
+    """Three nodes of which any two hold the model; the plan may use two or all."""
+    spec = model_spec_from_config(resolve_model().config)
+    budget = str(memory_for_exactly(spec, 2))
+    with LocalMesh(tmp_path / "mesh") as mesh:
+        mesh.found("one", *FLAGS, budget)
+        for name in ("two", "three"):
+            mesh.join(name, *FLAGS, budget)
+        mesh.await_ready()
+        yield mesh
+
+
+def by_id(mesh: LocalMesh, node_id: str) -> LocalDaemon:
+    return next(daemon for daemon in mesh.daemons if daemon.node_id == node_id)
+
+
+def topology(daemon: LocalDaemon) -> Any:
+    return daemon.get("/admin/topology")
+
+
+def stage_nodes(mesh: LocalMesh, daemon: LocalDaemon) -> list[LocalDaemon]:
+    (replica,) = topology(daemon)["replicas"]
+    return [by_id(mesh, stage["node"]) for stage in replica["stages"]]
+
+
+def ask_and_kill(mesh: LocalMesh, gateway: LocalDaemon, victim: LocalDaemon, at_token: int = 40) -> Stream:
+    """Stream through `gateway`, and kill `victim`, host and all, in the middle."""
+    stream = Stream(gateway.client, token_ids(QUESTION), N_TOKENS)
+
+    def on_token(n_tokens: int) -> None:
+        if n_tokens == at_token:
+            victim.kill_group()
+
+    stream.run(on_token)
+    return stream
+
+
+def test_a_stage_host_killed_in_mid_stream_costs_no_token(mesh: LocalMesh) -> None:
+    stages = stage_nodes(mesh, mesh.daemons[0])
+    victim = stages[-1]
+    gateway = next(daemon for daemon in mesh.daemons if daemon is not victim)
+    stream = ask_and_kill(mesh, gateway, victim)
+    assert stream.token_ids == expected(token_ids(QUESTION), N_TOKENS)
+    survivors = [daemon for daemon in mesh.daemons if daemon is not victim]
+    mesh.await_ready(survivors, timeout_s=30)
+    assert victim.node_id not in {stage.node_id for stage in stage_nodes(mesh, survivors[0])}
+    assert "requests_recovered_total" in gateway.client.get("/metrics").decode()
+
+
+def test_a_driver_killed_in_mid_stream_costs_no_token(mesh: LocalMesh) -> None:
+    victim = stage_nodes(mesh, mesh.daemons[0])[0]
+    gateway = next(daemon for daemon in mesh.daemons if daemon is not victim)
+    stream = ask_and_kill(mesh, gateway, victim)
+    assert stream.token_ids == expected(token_ids(QUESTION), N_TOKENS)
+
+
+def test_the_coordinator_killed_in_mid_stream_costs_no_token_and_is_replaced(mesh: LocalMesh) -> None:
+    before = topology(mesh.daemons[0])
+    victim = by_id(mesh, before["coordinator"])
+    survivors = [daemon for daemon in mesh.daemons if daemon is not victim]
+    stream = ask_and_kill(mesh, survivors[0], victim)
+    assert stream.token_ids == expected(token_ids(QUESTION), N_TOKENS)
+    mesh.await_value(
+        lambda: True if topology(survivors[0])["coordinator"] in {one.node_id for one in survivors} else None,
+        timeout_s=10,
+        what="another coordinator",
+    )
+    assert topology(survivors[0])["term"] > before["term"]
+
+
+def test_a_mesh_that_cannot_hold_the_model_says_what_it_needs_and_recovers(mesh: LocalMesh) -> None:
+    for victim in (mesh.daemons[2], mesh.daemons[1]):
+        victim.kill_group()
+    left = mesh.daemons[0]
+
+    def find_blocker() -> dict[str, Any] | None:
+        blocker = left.client.get_json("/ready", also_ok=(503,))["blocker"]
+        return blocker if blocker and blocker["code"] == "model_does_not_fit" else None
+
+    blocker = mesh.await_value(find_blocker, timeout_s=30, what="the blocker to be named")
+    assert blocker["needed_bytes"] > blocker["room_bytes"] > 0
+    assert left.get("/admin/status")["blocker"] == blocker
+    assert left.get("/v1/models")["data"] == []
+    with pytest.raises(NotReady, match="needs"):
+        Stream(left.client, token_ids(QUESTION), 5).run()
+    shown = subprocess.run(
+        [sys.executable, "-m", "daemon", "status", "--url", left.url], capture_output=True, text=True, timeout=30
+    )
+    assert shown.returncode == 3
+    assert "MiB" in shown.stdout
+
+    # The same node comes back as itself, without a token.
+    returned = mesh.start("two", *FLAGS, "9MiB")
+    mesh.await_up(returned)
+    mesh.await_ready([left, returned], timeout_s=90)
+    assert Stream(returned.client, token_ids(QUESTION), 20).run() == expected(token_ids(QUESTION), 20)
+    assert sorted(member["name"] for member in left.get("/admin/members")) == ["one", "three", "two"]
+
+
+def test_p2pd_killed_everywhere_stops_nothing(mesh: LocalMesh) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        stream = Stream(mesh.daemons[1].client, token_ids(QUESTION), N_TOKENS)
+        run = pool.submit(stream.run)
+        for daemon in mesh.daemons:
+            for process in p2pd_of(daemon):
+                os.kill(process.pid, signal.SIGKILL)
+        assert run.result(timeout=60) == expected(token_ids(QUESTION), N_TOKENS)
+    assert all(daemon.is_running for daemon in mesh.daemons)
+    mesh.await_ready(timeout_s=10)
+    mesh.await_value(
+        lambda: True if all(p2pd_of(daemon) for daemon in mesh.daemons) else None,
+        timeout_s=20,
+        what="p2pd to be started again",
+    )
+
+
+def p2pd_of(daemon: LocalDaemon) -> list[psutil.Process]:
+    children = psutil.Process(daemon.process.pid).children(recursive=True)
+    return [child for child in children if child.name() == "p2pd" and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_worker_killed_in_mid_stream_costs_no_token(mesh: LocalMesh) -> None:
+    victim = stage_nodes(mesh, mesh.daemons[0])[-1]
+
+    def kill_workers(n_tokens: int) -> None:
+        if n_tokens == 40:
+            for child in psutil.Process(victim.process.pid).children(recursive=True):
+                if child.ppid() != victim.process.pid and child.name() != "p2pd":
+                    child.kill()
+
+    stream = Stream(mesh.daemons[0].client, token_ids(QUESTION), N_TOKENS)
+    stream.run(kill_workers)
+    assert stream.token_ids == expected(token_ids(QUESTION), N_TOKENS)
+    assert victim.is_running
+
+
+def test_daemons_leave_no_process_when_killed(mesh: LocalMesh) -> None:
+    children = [
+        child
+        for daemon in mesh.daemons
+        for child in psutil.Process(daemon.process.pid).children(recursive=True)
+    ]
+    assert len(children) >= 9  # workshop, worker and p2pd of each
+    for daemon in mesh.daemons:
+        daemon.kill()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+
+
+def test_a_node_that_leaves_is_planned_around_without_a_lost_token(mesh: LocalMesh) -> None:
+    leaver = stage_nodes(mesh, mesh.daemons[0])[-1]
+    gateway = next(daemon for daemon in mesh.daemons if daemon is not leaver)
+    stream = Stream(gateway.client, token_ids(QUESTION), N_TOKENS)
+
+    def on_token(n_tokens: int) -> None:
+        if n_tokens == 40:
+            leaver.terminate()
+
+    stream.run(on_token)
+    assert stream.token_ids == expected(token_ids(QUESTION), N_TOKENS)
+    assert leaver.process.wait(timeout=30) == 0
