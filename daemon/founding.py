@@ -194,12 +194,16 @@ class DownloadProgress:
         tenths = 10 * n_done_bytes // max(1, n_total_bytes)
         if tenths > self._told_tenths:
             self._told_tenths = tenths
-            progress.info("downloading the model: %s of %s", show_bytes(n_done_bytes), show_bytes(n_total_bytes))
+            progress.info(
+                "downloading the model: %s of %s", show_bytes(n_done_bytes), show_bytes(n_total_bytes)
+            )
 
 
 def _root_of(files: ModelFolder) -> str:
     """The model as other hosts should look for it: an absolute folder, or a name that means the same everywhere."""
-    return str(Path(files.root).expanduser().resolve()) if Path(files.root).expanduser().is_dir() else files.root
+    return (
+        str(Path(files.root).expanduser().resolve()) if Path(files.root).expanduser().is_dir() else files.root
+    )
 
 
 def _listen(options: JoinOptions) -> socket.socket:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from daemon.snapshot import MeshState
+from daemon.stages import StageHost
 
 progress = logging.getLogger("hexmesh.progress")
 
@@ -15,10 +16,11 @@ REPLAN_PATIENCE_S = 5.0
 """How long the mesh gets to plan without this node."""
 DRAIN_PATIENCE_S = 20.0
 """How long requests that entered or run here get to end."""
+QUIET_S = 0.5
 _POLL_S = 0.02
 
 
-async def drain(state: MeshState) -> None:
+async def drain(state: MeshState, stages: StageHost) -> None:
     """Leave the mesh's plan and let requests end; returns when nothing needs this node, or patience ends."""
     state.is_leaving = True
     progress.info("leaving: the mesh plans without this node")
@@ -27,8 +29,15 @@ async def drain(state: MeshState) -> None:
     if not is_gone:
         progress.info("leaving although the mesh has no plan without this node")
         return
-    if not await _until(lambda: not state.gateway.flights() and state.epochs.draining is None, DRAIN_PATIENCE_S):
+    if not await _until(
+        lambda: not state.gateway.flights() and state.epochs.draining is None, DRAIN_PATIENCE_S
+    ):
         progress.info("leaving with %d requests under way", len(state.gateway.flights()))
+
+
+def _is_quiet(stages: StageHost) -> bool:
+    """No step has come by for a while: sequences that ran over this node's stages have ended."""
+    return time.monotonic() - stages.last_step_s > QUIET_S
 
 
 def _needs_no_more(state: MeshState) -> bool:

@@ -107,7 +107,7 @@ class Node:
             self._start_services(group)
             with self._signals_ask_to_leave():
                 await self._leave_asked.wait()
-                await drain(self._state)
+                await drain(self._state, self._stages)
             self._epochs.close("this node is leaving")
             await self._network.flush(1.0)
         if self._forgets:
@@ -312,9 +312,7 @@ class Node:
 
     # --- starting ---
 
-    def _announce_up(
-        self, http: HttpSurface, on_up: Callable[[UpLine], None], stack: AsyncExitStack
-    ) -> None:
+    def _announce_up(self, http: HttpSurface, on_up: Callable[[UpLine], None], stack: AsyncExitStack) -> None:
         options, member = self._options, self._member
         write_run(options.state_dir, Run(os.getpid(), http.url))
         stack.callback(remove_run, options.state_dir, os.getpid())

@@ -12,13 +12,12 @@ import asyncio
 import importlib.util
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +28,8 @@ log = logging.getLogger("hexmesh.p2pd")
 START_PATIENCE_S = 15.0
 STOP_PATIENCE_S = 2.0
 _N_LAST_LINES = 20
+_MAX_SOCKET_PATH = 100
+"""The kernel allows 107 bytes."""
 
 # The kernel kills the child when the thread that started it ends: the daemon starts it on its main thread.
 # The parent may die before prctl, hence the look at the parent's id.
@@ -81,9 +82,7 @@ def p2pd_path() -> Path:
 @asynccontextmanager
 async def running_p2pd(options: P2pdOptions) -> AsyncIterator[P2pd]:
     """A p2pd that is ready, and is ended with the context. Raises Lost, TimedOut or NotReady."""
-    folder = Path(tempfile.mkdtemp(prefix="hexmesh-dht-", dir=os.environ.get("XDG_RUNTIME_DIR")))
-    try:
-        control_socket = folder / "p2pd.sock"
+    with _control_socket(options.identity_path) as control_socket:
         process = await _start(_arguments(options, control_socket))
         lines: deque[str] = deque(maxlen=_N_LAST_LINES)
         ready = asyncio.get_running_loop().create_future()
@@ -95,8 +94,24 @@ async def running_p2pd(options: P2pdOptions) -> AsyncIterator[P2pd]:
             await _stop(process)
             reader.cancel()
             await asyncio.wait([reader])
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _control_socket(identity_path: Path) -> Iterator[Path]:
+    """Where p2pd listens for us: beside its key, or in a folder of its own where that path is too long.
+
+    Beside the key it is found again, and so nothing piles up when daemons are killed.
+    """
+    beside = identity_path.absolute().with_name(f"{identity_path.name}.sock")
+    if len(os.fsencode(beside)) <= _MAX_SOCKET_PATH:
+        beside.unlink(missing_ok=True)
+        try:
+            yield beside
+        finally:
+            beside.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="hexmesh-dht-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder) / "p2pd.sock"
 
 
 def _arguments(options: P2pdOptions, control_socket: Path) -> list[str]:

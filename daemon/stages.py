@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
@@ -75,6 +77,8 @@ class StageHost:
         self._on_broken = on_broken
         self._held: dict[StageKey, HeldStage] = {}
         self.used_bytes: dict[str, int] = {}
+        self.last_step_s = -math.inf
+        """When a step was taken in last, on the monotonic clock."""
 
     async def prepare(self, epoch: Epoch, plan: Plan) -> bool:
         """Load every stage that the plan gives this node; whether a KV pool waits for older stages to go.
@@ -116,6 +120,7 @@ class StageHost:
         if not isinstance(admission, Accepted):
             self._refuse(step, admission.reason, admission)
             return
+        self.last_step_s = time.monotonic()
         held = self._held.get((step.epoch, step.replica, step.stage))
         if held is None:
             self._refuse(step, "this stage is not loaded here", None)

@@ -27,7 +27,9 @@ def parse_bytes(text: str) -> int:
     number, unit = _split(text, "a size such as 2GiB or 512MiB")
     factor = _SIZE_UNITS.get(unit.lower())
     if factor is None:
-        raise InvalidInput(f"unknown unit {unit!r} in size {text!r}", next_step="write a size such as 2GiB or 512MiB")
+        raise InvalidInput(
+            f"unknown unit {unit!r} in size {text!r}", next_step="write a size such as 2GiB or 512MiB"
+        )
     return round(number * factor)
 
 

@@ -27,6 +27,9 @@ from hexmesh.ids import MeshId, NodeId, fingerprint
 _SCHEME = "hexmesh"
 _MAX_CHAIN = 4
 
+_WHOLE_64_BYTES = b"\x03\x41\x00"
+"""A bit string's tag, length and count of unused bits. The count is not signed, and parsers take several."""
+
 UNREADABLE = (
     ValueError,
     TypeError,
@@ -135,9 +138,12 @@ def _load(der: bytes) -> x509.Certificate:
 
 def _load_or_refuse(der: bytes) -> x509.Certificate:
     try:
-        return _load(der)
+        certificate = _load(der)
     except InvalidInput as error:
         raise _refusal(error.message) from error
+    if der[-67:-64] != _WHOLE_64_BYTES:
+        raise _refusal("the certificate's signature is not an Ed25519 one, or not in DER")
+    return certificate
 
 
 def _check_signature(certificate: x509.Certificate, issuer: x509.Certificate) -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from hexmesh.errors import HexmeshError, NotReady
+from hexmesh.errors import HexmeshError, InvalidInput, NotReady
 from hexmesh.runtime.loading import StageDraft, draft_stage, fill
 from hexmesh.runtime.stage import Stage
 from hexmesh.units import show_bytes
@@ -68,7 +68,8 @@ class Residency:
         Raises Refused, InvalidInput or NotReady (too large).
         """
         started_s = time.perf_counter()
-        self._forget(order.stage)
+        if order.stage in self._residents:
+            raise InvalidInput(f"stage {order.stage} is loaded already", next_step="drop it first")
         draft = draft_stage(order, self._device)
         alone_bytes = draft.weight_bytes + draft.pool_bytes
         if alone_bytes > order.budget_bytes:

@@ -86,7 +86,8 @@ class Batcher:
     def cancel(self, sequence_id: str, attempt: int | None = None) -> bool:
         """Forget a sequence (of that attempt); its blocks are free at once, or after the step in flight."""
         for sequence in self.sequences():
-            if sequence.id == sequence_id and attempt in (None, sequence.attempt):
+            is_meant = sequence.id == sequence_id and attempt in (None, sequence.attempt)
+            if is_meant and not sequence.cancelled:
                 sequence.cancelled = True
                 if all(row.sequence is not sequence for row in self._in_flight):
                     self._drop(sequence)

@@ -52,7 +52,9 @@ def reference() -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(SHIPPED_MODEL, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        SHIPPED_MODEL, dtype=torch.float32, attn_implementation="eager"
+    )
     return model.eval(), AutoTokenizer.from_pretrained(SHIPPED_MODEL)
 
 

@@ -410,6 +410,18 @@ async def test_p2pd_does_not_outlive_its_killed_owner(tmp_path: Path, loop: str)
     await until(lambda: not is_running(pid), "p2pd ends with its owner", NOTICE_S)
 
 
+async def test_the_control_socket_lies_where_it_can(tmp_path: Path) -> None:
+    short, long = tmp_path / "s", tmp_path / ("x" * 90)
+    for folder in (short, long):
+        ensure_identity(folder / "k")
+        (folder / "k.sock").touch()
+        listen = P2pdOptions(identity_path=folder / "k", listen=multiaddr("127.0.0.1", 0))
+        async with running_p2pd(listen) as p2pd:
+            assert p2pd.control_socket.is_socket()
+            assert (p2pd.control_socket.parent == folder) == (folder == short)
+        assert not p2pd.control_socket.exists()
+
+
 async def test_closing_ends_p2pd(authority: MeshAuthority, tmp_path: Path) -> None:
     async with running(new_member(authority, tmp_path, "a")) as member:
         pid = member.dht.pid

@@ -113,7 +113,10 @@ def test_a_mesh_that_cannot_hold_the_model_says_what_it_needs_and_recovers(mesh:
     with pytest.raises(NotReady, match="needs"):
         Stream(left.client, token_ids(QUESTION), 5).run()
     shown = subprocess.run(
-        [sys.executable, "-m", "daemon", "status", "--url", left.url], capture_output=True, text=True, timeout=30
+        [sys.executable, "-m", "daemon", "status", "--url", left.url],
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
     assert shown.returncode == 3
     assert "MiB" in shown.stdout

@@ -318,11 +318,15 @@ async def test_workshop_that_died_is_replaced() -> None:
 
 DAEMON = """
 import asyncio
+from contextlib import suppress
 from daemon.workers import Workshop
+from hexmesh.errors import InvalidInput
+from hexmesh.wire.worker import RunStep
 async def main():
     async with Workshop() as shop:
         worker = await shop.start_worker("cpu", 1, None)
-        busy = asyncio.create_task(worker.measure("float32"))
+        with suppress(InvalidInput):  # an answer shows that it is up
+            await worker.run_step(RunStep(stage="none", step=0, rows=[]), b"")
         print(worker.pid, flush=True)
         await asyncio.sleep(600)
 asyncio.run(main())

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hexmesh.architectures import SUPPORTED_MODEL_TYPES
+from hexmesh.runtime import packed
 from hexmesh.runtime.residency import Residency
 from hexmesh.runtime.stage import Stage
 from hexmesh.wire.data import Row, SampledToken, SamplingParams
@@ -179,6 +180,24 @@ def test_stages_equal_transformers(
 
     sequences = generate_all(load_stages(reference.folder, CUTS[n_stages]), reference.prompts)
 
+    assert [[sampled.token_id for sampled in one.sampled] for one in sequences] == reference.answers
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mixtral", "gpt_oss"])
+def test_packed_layers_equal_transformers(
+    model_type: str, reference_of: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers of these sizes would stay plain."""
+    reference = reference_of(model_type)
+    monkeypatch.setitem(packed.WORTH_ELEMENTS, torch.float32, 0)
+
+    stages = load_stages(reference.folder, CUTS[2])
+
+    modules = [module for stage in stages for module in stage.splice.model.modules()]
+    n_packed = sum(isinstance(module, packed.PackedLinear) for module in modules)
+    if packed.can_pack(torch.float32, torch.device("cpu")):
+        assert n_packed >= 4 * N_LAYERS + 1
+    sequences = generate_all(stages, reference.prompts)
     assert [[sampled.token_id for sampled in one.sampled] for one in sequences] == reference.answers
 
 

@@ -32,7 +32,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": FACTS | {"plan", "serving", "wire"},
     "membership": FACTS | {"wire"},
 }
-SOCKETS_CLOCKS_AND_TASKS = {"asyncio", "socket", "aiohttp", "uvloop", "subprocess", "threading", "multiprocessing"}
+SOCKETS_CLOCKS_AND_TASKS = {
+    "asyncio",
+    "socket",
+    "aiohttp",
+    "uvloop",
+    "subprocess",
+    "threading",
+    "multiprocessing",
+}
 TORCH = {"torch", "transformers", "safetensors"}
 
 
@@ -47,8 +55,7 @@ def imported_modules(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            names.add(node.module or "")
+            names.add(node.module if node.level == 0 and node.module else "")
             if node.module == "hexmesh":
                 names.update(f"hexmesh.{alias.name}" for alias in node.names)
     return names
@@ -79,7 +86,11 @@ def test_every_part_of_hexmesh_has_its_place_in_the_picture() -> None:
 
 
 def test_hexmesh_imports_no_shell() -> None:
-    wrong = [str(path) for path in python_files("hexmesh") if roots(path) & {"daemon", "bootstrap", "tools", "tests"}]
+    wrong = [
+        str(path)
+        for path in python_files("hexmesh")
+        if roots(path) & {"daemon", "bootstrap", "tools", "tests"}
+    ]
     assert wrong == []
 
 
@@ -109,7 +120,7 @@ def test_only_the_dht_module_imports_hivemind() -> None:
         for path in python_files(folder)
         if "hivemind" in roots(path)
     ]
-    assert users in ([], ["daemon/dht.py"], ["daemon/dht_node.py"])
+    assert users == ["daemon/dht_node.py"]
 
 
 def test_nothing_uses_pickle() -> None:

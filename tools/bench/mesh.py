@@ -83,7 +83,16 @@ def measure_mesh(
     """Everything about a mesh of that many nodes; milliseconds per decoded token of each round."""
     label = f"{n_nodes} node{'s' if n_nodes > 1 else ''}"
     progress(f"{label}: starting")
-    flags = ["--memory", f"{MEMORY_MIB[n_nodes]}MiB", "--threads", "1", "--device", "cpu", "--dtype", "float32"]
+    flags = [
+        "--memory",
+        f"{MEMORY_MIB[n_nodes]}MiB",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     flags += ["--min-nodes", str(n_nodes)]
     prompt = random_prompt(PROMPT_TOKENS, seed=0)
     with LocalMesh(folder) as mesh:
@@ -93,11 +102,15 @@ def measure_mesh(
         mesh.await_ready(plan_reaches=n_nodes, tell=lambda text: progress(f"  waiting: {text}"))
         generate(founder, prompt, 1)
         report.add(f"join to first answer, {label}", time.monotonic() - founder.started_s, "s")
-        ask, refer = (
-            lambda: generate(founder, prompt, OUTPUT_TOKENS),
-            lambda: Timed(reference.token_times_s(prompt, OUTPUT_TOKENS)),
-        )
-        ask(), refer()
+
+        def ask() -> Timed:
+            return generate(founder, prompt, OUTPUT_TOKENS)
+
+        def refer() -> Timed:
+            return Timed(reference.token_times_s(prompt, OUTPUT_TOKENS))
+
+        ask()
+        refer()
         idle_cpu_per_s = measure_idle(mesh)
         cpu_before, started_s = cpu_seconds(mesh), time.monotonic()
         pairs = []
@@ -120,9 +133,13 @@ def report_speed(report: Report, label: str, pairs: list[tuple[Timed, Timed]]) -
     report.add(f"decode, {label}", [mesh.tokens_per_s for mesh, _ in pairs], "tokens/s")
     report.add(f"decode, transformers beside {label}", [other.tokens_per_s for _, other in pairs], "tokens/s")
     report.add(
-        f"decode ratio, {label}", [mesh.tokens_per_s / other.tokens_per_s for mesh, other in pairs], "x transformers"
+        f"decode ratio, {label}",
+        [mesh.tokens_per_s / other.tokens_per_s for mesh, other in pairs],
+        "x transformers",
     )
-    report.add(f"time to first token, {label}", [1e3 * mesh.first_token_s for mesh, _ in pairs], "ms over HTTP")
+    report.add(
+        f"time to first token, {label}", [1e3 * mesh.first_token_s for mesh, _ in pairs], "ms over HTTP"
+    )
     report.add(
         f"time to first token ratio, {label}",
         [mesh.first_token_s / other.first_token_s for mesh, other in pairs],
@@ -150,7 +167,7 @@ def measure_idle(mesh: LocalMesh, seconds: float = 3.0) -> dict[str, float]:
 
 def cpu_seconds(mesh: LocalMesh) -> dict[str, float]:
     """CPU seconds so far, by kind of process, summed over the mesh."""
-    return _by_role(mesh, lambda process: sum(process.cpu_times()[:2]), sum)
+    return _by_role(mesh, lambda process: sum(cpu_times_s(process)), sum)
 
 
 def memory(mesh: LocalMesh) -> dict[str, float]:
@@ -163,6 +180,12 @@ def compute_share(mesh: LocalMesh) -> float:
     compute_s = sum(_metric(daemon, "hexmesh_stage_step_seconds_sum") for daemon in mesh.daemons)
     steps_s = sum(_metric(daemon, "hexmesh_step_round_trip_seconds_sum") for daemon in mesh.daemons)
     return compute_s / steps_s if steps_s else 0.0
+
+
+def cpu_times_s(process: psutil.Process) -> tuple[float, float]:
+    """User and system seconds of a process."""
+    times = process.cpu_times()
+    return times.user, times.system
 
 
 def _metric(daemon: LocalDaemon, name: str) -> float:

@@ -74,7 +74,12 @@ class FakeWorker:
     async def load(self, order: LoadStage) -> StageLoaded:
         self._pools[order.stage] = {}
         return StageLoaded(
-            stage=order.stage, load_s=0.0, weight_bytes=0, pool_bytes=0, pool_deferred=False, n_layers_reused=0
+            stage=order.stage,
+            load_s=0.0,
+            weight_bytes=0,
+            pool_bytes=0,
+            pool_deferred=False,
+            n_layers_reused=0,
         )
 
     def drop(self, stage: str) -> None:
@@ -114,7 +119,10 @@ class FakeNode:
 
     def __post_init__(self) -> None:
         self.gateway = Gateway(
-            courier=self, route=self.route, blocker=lambda: NotReady("no plan"), on_recovered=self.mesh.note_recovery
+            courier=self,
+            route=self.route,
+            blocker=lambda: NotReady("no plan"),
+            on_recovered=self.mesh.note_recovery,
         )
         self.stages = StageHost(
             courier=self,
@@ -250,7 +258,9 @@ class FakeMesh:
                 node.epochs.node_lost(name, "it was killed")
                 node.gateway.node_lost(name, "it was killed")
 
-    async def ask(self, at: str, prompt: list[int], n_tokens: int, *, name: str = "r", timeout_s: float = 20.0) -> list[int]:
+    async def ask(
+        self, at: str, prompt: list[int], n_tokens: int, *, name: str = "r", timeout_s: float = 20.0
+    ) -> list[int]:
         """All tokens of an answer, asked for at node `at`."""
         return [token async for token in self.stream(at, prompt, n_tokens, name=name, timeout_s=timeout_s)]
 

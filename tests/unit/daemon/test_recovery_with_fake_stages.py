@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -11,6 +12,14 @@ import pytest
 from hexmesh.errors import InvalidInput, TimedOut
 from hexmesh.wire.data import Generated, StepResult
 from tests.unit.daemon.fake_mesh import answer_to, fake_mesh
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Let the loop run until something holds; five seconds at most."""
+    async with asyncio.timeout(5):
+        while not holds():  # noqa: ASYNC110 the fake mesh has no event for everything that tests look at
+            await asyncio.sleep(0)
+
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11]
 
@@ -70,9 +79,7 @@ async def test_a_planned_change_lets_running_sequences_end_where_they_are() -> N
                     await mesh.commit("cb")
         assert got == answer_to(PROMPT, 30)
         assert mesh.n_recovered == 0
-        async with asyncio.timeout(5):
-            while any(node.epochs.draining for node in mesh.nodes.values()):
-                await asyncio.sleep(0)
+        await until(lambda: not any(node.epochs.draining for node in mesh.nodes.values()))
 
 
 async def test_a_lost_step_is_sent_again() -> None:
@@ -96,7 +103,9 @@ async def test_a_lost_step_is_sent_again() -> None:
 async def test_lost_tokens_are_noticed_and_made_up_for() -> None:
     async with fake_mesh("ab") as mesh:
         await mesh.commit("ab")
-        mesh.lose = lambda message: isinstance(message, Generated) and message.first == 4 and message.attempt == 1
+        mesh.lose = lambda message: (
+            isinstance(message, Generated) and message.first == 4 and message.attempt == 1
+        )
         assert await mesh.ask("b", PROMPT, 12) == answer_to(PROMPT, 12)
 
 
@@ -105,8 +114,7 @@ async def test_a_dead_worker_breaks_its_epoch_and_says_so() -> None:
         await mesh.commit("ab")
         worker = mesh.nodes["b"].worker
         task = asyncio.get_running_loop().create_task(mesh.ask("a", PROMPT, 20))
-        while worker.n_steps < 5:
-            await asyncio.sleep(0)
+        await until(lambda: worker.n_steps >= 5)
         worker.is_dead = True
         mesh.nodes["b"].stages.worker_died(cast(Any, worker), "it was killed")
         assert mesh.broken == ["it was killed"]
@@ -122,19 +130,16 @@ async def test_a_client_that_leaves_frees_its_blocks() -> None:
             async for _ in stream:
                 break
         driver = mesh.nodes["a"].driver()
-        async with asyncio.timeout(5):
-            while not driver.is_idle:
-                await asyncio.sleep(0)
+        await until(lambda: driver.is_idle)
         assert driver.stats(0.0).kv_blocks_free == 64
 
 
 async def test_without_a_route_a_running_request_ends_at_its_deadline_naming_the_blocker() -> None:
     async with fake_mesh("ab") as mesh:
         await mesh.commit("ab")
+        asyncio.get_running_loop().call_later(0.01, mesh.kill, "b")
         with pytest.raises(TimedOut, match="no plan"):
-            async with aclosing(mesh.stream("a", PROMPT, 200, timeout_s=0.5)) as stream:
-                async for _ in stream:
-                    mesh.kill("b")
+            await mesh.ask("a", PROMPT, 240, timeout_s=0.5)
 
 
 async def test_a_request_that_cannot_fit_is_refused_at_once() -> None:

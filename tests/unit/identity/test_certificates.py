@@ -237,9 +237,7 @@ def test_a_damaged_certificate_is_refused_and_nothing_else_happens() -> None:
         with contextlib.suppress(Refused):
             accepted.append(verify_member([certificate], MESH.root_der, NOW))
 
-    # The count of a bit string's unused bits is outside what is signed, and changes nothing.
-    assert len(accepted) <= 2
-    assert set(accepted) <= {read_member(CERTIFICATE)}
+    assert accepted == []
 
 
 @pytest.mark.filterwarnings("ignore:Parsed a serial number")
@@ -250,7 +248,7 @@ def test_a_damaged_issuer_is_refused_and_nothing_else_happens() -> None:
         with contextlib.suppress(Refused):
             accepted.append(verify_member([leaf, certificate], MESH.root_der, NOW))
 
-    assert len(accepted) <= 2
+    assert accepted == []
 
 
 def test_pem_keeps_the_chain_in_order() -> None:

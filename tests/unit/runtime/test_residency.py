@@ -211,6 +211,17 @@ def test_deferred_weights_that_cannot_be_read_fail_when_their_turn_comes(
     assert residency.find("new") is None
 
 
+def test_a_stage_that_is_loaded_is_not_replaced(residency: Residency, folder: Path) -> None:
+    """Its KV blocks hold live sequences."""
+    residency.load(order(folder, "one", 0, 2))
+    stage = found(residency, "one")
+
+    with pytest.raises(InvalidInput, match="loaded already"):
+        residency.load(order(folder, "one", 0, 3))
+
+    assert residency.find("one") is stage
+
+
 def test_layers_that_do_not_exist(residency: Residency, folder: Path) -> None:
     for start, stop in ((0, 6), (3, 3), (-1, 2)):
         with pytest.raises(InvalidInput, match="5 layers"):

@@ -91,7 +91,7 @@ def test_the_youngest_gives_way_when_blocks_run_out_and_comes_back() -> None:
 
 def test_a_request_that_can_never_fit_is_refused_with_numbers() -> None:
     served = batcher(n_blocks=2, block_tokens=4)
-    with pytest.raises(InvalidInput, match="12 tokens.* holds 8"):
+    with pytest.raises(InvalidInput, match=r"12 tokens.* holds 8"):
         served.submit(sequence("a", 8, max_tokens=4))
 
 
@@ -110,6 +110,18 @@ def test_a_sequence_cancelled_in_flight_keeps_its_blocks_until_the_step_is_over(
     assert served.pool.n_used == 1
     assert served.complete([SampledToken(token_id=1)]) == []
     assert served.pool.n_used == 0
+
+
+def test_two_attempts_of_a_sequence_are_cancelled_one_after_the_other() -> None:
+    served = batcher()
+    served.submit(sequence("a", 4))
+    served.next_step()
+    assert served.cancel("a")
+    served.submit(sequence("a", 4))
+    assert served.cancel("a")
+    assert not served.cancel("a")
+    served.complete([SampledToken(token_id=1)])
+    assert (served.has_work, served.pool.n_used) == (False, 0)
 
 
 def test_an_older_attempts_cancel_does_not_touch_a_newer_one() -> None:
