@@ -89,6 +89,10 @@ class CoordinationLoop:
 
     # --- inputs ---
 
+    def take_part(self) -> None:
+        """This node can be planned with: it may be leased, and stand as coordinator."""
+        self._feed(self.machine.take_part(self._loop.time()))
+
     def receive(self, message: ControlMessage) -> None:
         """A control message came in."""
         self._feed(self.machine.receive(message, self._loop.time()))

@@ -41,8 +41,11 @@ def _is_quiet(stages: StageHost) -> bool:
 
 
 def _needs_no_more(state: MeshState) -> bool:
-    blocked = state.coordination.blocked is not None
-    return state.coordination.has_left.is_set() or (blocked and not state.gateway.flights())
+    """The mesh has planned without this node, cannot, or has no other node that stays."""
+    coordination = state.coordination
+    members = coordination.machine.members(state.loop_time()).values()
+    stay = any(member.two_way and member.state not in ("self", "leaving") for member in members)
+    return coordination.has_left.is_set() or coordination.blocked is not None or not stay
 
 
 async def _until(holds: Callable[[], bool], patience_s: float) -> bool:

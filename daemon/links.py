@@ -122,6 +122,7 @@ class LinkMonitor:
         rng: random.Random,
         on_change: Callable[[], None] = lambda: None,
         now_unix_s: Callable[[], float] = time.time,
+        stopwatch: Callable[[], float] | None = None,
         full_after_s: float = FULL_AFTER_S,
         full_period_s: float = FULL_PERIOD_S,
     ) -> None:
@@ -129,6 +130,7 @@ class LinkMonitor:
         self._rng = rng
         self._on_change = on_change
         self._now_unix_s = now_unix_s
+        self._stopwatch = stopwatch or (lambda: asyncio.get_running_loop().time())
         self._full_after_s = full_after_s
         self._full_period_s = full_period_s
         self._paths: dict[str, _Path] = {}
@@ -254,14 +256,13 @@ class LinkMonitor:
 
     async def _ping(self, path: _Path, count: int) -> bool:
         """Send pings and wait until all are answered, or give up and say False."""
-        loop = asyncio.get_running_loop()
         path.sent_at_s.clear()
         path.all_answered.clear()
         for i in range(count):
             if i:
                 await asyncio.sleep(BURST_SPACING_S)
             self._n_sent += 1
-            path.sent_at_s[self._n_sent] = loop.time()
+            path.sent_at_s[self._n_sent] = self._stopwatch()
             self._send(path.node, Ping(n=self._n_sent))
         with suppress(TimeoutError):
             async with asyncio.timeout(PONG_PATIENCE_S):
@@ -276,7 +277,7 @@ class LinkMonitor:
         if path is None or sent_at_s is None:
             return
         if path.is_warm:
-            self._add_rtt(path, asyncio.get_running_loop().time() - sent_at_s)
+            self._add_rtt(path, self._stopwatch() - sent_at_s)
         if not path.sent_at_s:
             path.all_answered.set()
 
@@ -360,7 +361,7 @@ class LinkMonitor:
         while (n_bytes := probe.next_window_bytes()) is not None:
             asking.window += 1
             asking.report = loop.create_future()
-            started_s = loop.time()
+            started_s = self._stopwatch()
             try:
                 async with asyncio.timeout(WINDOW_PATIENCE_S):
                     await self._send_window(asking, n_bytes)
@@ -369,7 +370,7 @@ class LinkMonitor:
                 return probe.estimate()
             if n_arrived != n_bytes:
                 return probe.estimate()
-            probe.record(n_bytes, loop.time() - started_s)
+            probe.record(n_bytes, self._stopwatch() - started_s)
         return probe.estimate()
 
     async def _send_window(self, asking: _Asking, n_bytes: int) -> None:

@@ -17,7 +17,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from typing import NoReturn
 
 import msgspec
 
@@ -163,12 +162,18 @@ class Node:
         """Who is there and what they have: records, links, DHT, and the plan made of them."""
         member, options = self._member, self._options
         self._roster = Roster(member.attestor, on_address=self._on_address, on_change=self._on_record)
-        self._links = LinkMonitor(self, rng=self._rng, on_change=lambda: self._publisher.touch())
+        self._links = LinkMonitor(
+            self,
+            rng=self._rng,
+            on_change=lambda: self._publisher.touch(),
+            stopwatch=time.perf_counter,  # uvloop's own clock ticks in whole milliseconds
+        )
         self._dht = MeshDht(
             DhtOptions(
                 identity_path=member.state.dht_identity_file,
                 listen_host=member.listen_host,
                 port=options.dht_port,
+                advertise=(member.address.host, options.dht_port) if options.advertise else None,
                 initial_peers=tuple(member.membership.dht_initial_peers),
             ),
             member.attestor,
@@ -205,6 +210,7 @@ class Node:
                 rng=self._rng,
                 now_s=self._loop.time(),
                 min_nodes=options.min_nodes,
+                takes_part=False,
             ),
             courier=self,
             group=group,
@@ -340,16 +346,16 @@ class Node:
             if known.node_id != self.node_id:
                 address = parse_address(known.address)
                 self._on_address(known.node_id, address.host, address.port)
-                self._network.connect(NodeId(known.node_id))
                 self._dht.add_peers(known.dht_maddrs)
         group.create_task(self._publisher.run(), name="publish-facts")
         group.create_task(self._links.run(), name="measure-links")
         group.create_task(self._dht.run(), name="dht")
         group.create_task(self._reporter.run(), name="report")
-        group.create_task(self._take_part(), name="coordinate")
+        group.create_task(self._coordination.run(), name="coordinate")
+        group.create_task(self._take_part(), name="take-part")
 
-    async def _take_part(self) -> NoReturn:
-        """Measure, tell, then coordinate: a node that plans cannot use takes no leases."""
+    async def _take_part(self) -> None:
+        """Measure, tell, then take part: a node that plans cannot use takes no leases."""
         started_s = time.monotonic()
         await self._devices.start()
         progress.info("workers are up after %.1f s; measuring devices", time.monotonic() - started_s)
@@ -358,27 +364,20 @@ class Node:
         await self._publisher.publish_now()
         self._state.starting = None
         progress.info("devices measured after %.1f s; taking part", time.monotonic() - started_s)
-        for record in self._roster.directory.records():
-            self._coordination.peer_reachable(record.node)
-        for known in self._member.membership.members:
-            self._coordination.peer_reachable(known.node_id)
-        await self._coordination.run()
+        self._coordination.take_part()
 
     # --- what happens to peers ---
 
     def _on_address(self, node: str, host: str, port: int) -> None:
         self._network.learn_address(NodeId(node), host, port)
-        if self._state_takes_part():
-            self._coordination.peer_reachable(node)
-        else:
-            self._network.connect(NodeId(node))
+        self._network.connect(NodeId(node))
+        self._coordination.peer_reachable(node)
 
     def _on_record(self, record: NodeRecord) -> None:
         if record.node != self.node_id:
             self._dht.add_peers(record.dht_maddrs)
         self._planner.facts_changed()
-        if self._state_takes_part():
-            self._coordination.facts_changed()
+        self._coordination.facts_changed()
 
     def _on_peer_up(self, node: str) -> None:
         for signed in self._roster.directory.signed():
@@ -453,9 +452,6 @@ class Node:
             )
             for record in self._roster.directory.records()
         ]
-
-    def _state_takes_part(self) -> bool:
-        return hasattr(self, "_state") and self._state.starting is None
 
     # --- leaving ---
 

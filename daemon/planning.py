@@ -55,7 +55,7 @@ class MeshPlanner:
         self._model = model
         self._directory = directory
         self._facts_changed = asyncio.Event()
-        self._used_facts: set[tuple[str, str]] = set()
+        self._used_facts: set[tuple[str, str]] | None = None
 
     def facts_changed(self) -> None:
         """The directory has news."""
@@ -64,7 +64,7 @@ class MeshPlanner:
 
     def has_more_facts(self, hosts: Iterable[str]) -> bool:
         """Whether a host or a link among `hosts` can be planned with now that the last plan had to ignore."""
-        return bool(self._facts_of(hosts) - self._used_facts)
+        return self._used_facts is not None and bool(self._facts_of(hosts) - self._used_facts)
 
     async def plan(self, wanted: PlanWanted, current: Plan | None) -> PlanEnvelope | NoPlan:
         """The plan for exactly the hosts that are wanted, or why there is none."""

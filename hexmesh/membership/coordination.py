@@ -94,7 +94,9 @@ class Coordination:
         rng: random.Random,
         now_s: float,
         min_nodes: int = 1,
+        takes_part: bool = True,
     ) -> None:
+        """`takes_part` False: greet and listen only, until `take_part`."""
         if not 0 < boot < 2**63:
             raise ValueError(f"boot must be a positive 63 bit number, got {boot}")
         self.node = node
@@ -146,8 +148,15 @@ class Coordination:
             due_s=now_s + rng.random() * timers.hello_s,
         )
         self._has_left = False
+        self._takes_part = takes_part
 
     # --- inputs ---
+
+    def take_part(self, now_s: float) -> list[Output]:
+        """From now on this host may stand and be leased. What it heard before counts as having listened."""
+        self._takes_part = True
+        self._standing.restart(now_s)
+        return self.tick(now_s)
 
     def receive(self, message: ControlMessage, now_s: float) -> list[Output]:
         """Take in a message of a peer; one that was meant for another boot of this host is dropped."""
@@ -357,7 +366,8 @@ class Coordination:
             case Hello():
                 self._on_hello(message, now_s)
             case Ask():
-                self._host.on_ask(message, now_s)
+                if self._takes_part:
+                    self._host.on_ask(message, now_s)
             case Beat():
                 self._host.on_beat(message, now_s)
             case Prepare():
@@ -419,7 +429,7 @@ class Coordination:
     # --- the lease's ends ---
 
     def _may_stand(self, now_s: float) -> bool:
-        if self.is_leaving or not self._lease.is_free(now_s):
+        if not self._takes_part or self.is_leaving or not self._lease.is_free(now_s):
             return False
         return now_s >= self._standing.due_s(self._lease, self._peers, now_s)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hexmesh.membership.outputs import BecameCoordinator, CoordinatorChanged, HostLost, Output
+from hexmesh.membership.outputs import BecameCoordinator, CoordinatorChanged, HostLost, Output, Send
 from hexmesh.wire.control import Ask, Hello
 from tests.unit.membership.puppet import ME, TIMERS, Puppet, ballot
 
@@ -123,3 +123,22 @@ def test_a_holder_that_says_it_stepped_down_is_believed() -> None:
     puppet.hello("a", is_free=False, promised=ballot("b", term=4))
     puppet.tick(TIMERS.refused_lease_s + 0.01)
     assert puppet.outputs(CoordinatorChanged) == [CoordinatorChanged(None)]
+
+
+def test_a_host_that_does_not_take_part_yet_listens_and_greets_but_is_not_leased() -> None:
+    puppet = Puppet(takes_part=False)
+    puppet.hello("a", is_free=False, promised=A, is_coordinator=True, ballot=A, n_held=1)
+    puppet.ask(A)
+    outputs = [output for _ in range(60) for output in puppet.wait(0.05, "a")]
+    assert puppet.machine.coordinator is None
+    assert not any(isinstance(output, BecameCoordinator) for output in outputs)
+    assert sent_messages(outputs, Hello)
+    puppet.machine.take_part(puppet.now_s)
+    puppet.ask(A)
+    assert puppet.machine.coordinator == "a"
+
+
+def sent_messages(outputs: list[Output], kind: type[Hello]) -> list[Hello]:
+    return [
+        output.message for output in outputs if isinstance(output, Send) and isinstance(output.message, kind)
+    ]
