@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -328,7 +329,9 @@ class Node:
         progress.info("serving HTTP at %s", http.url, extra={"event": "up"})
         if member.address.is_loopback:
             progress.info("only this machine can join; use --listen")
-        if issued is not None:
+        if (
+            issued is not None and sys.stderr.isatty()
+        ):  # a secret: for the person who looks, not for a log file
             progress.info("others join with:  %s", issued.join_command)
         on_up(
             UpLine(

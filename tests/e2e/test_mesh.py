@@ -9,9 +9,9 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
 
@@ -219,18 +219,6 @@ def test_the_command_line_shows_the_mesh(mesh: LocalMesh) -> None:
     assert ANSWER in generated["text"]
 
 
-def test_a_second_node_of_the_same_folder_is_refused(mesh: LocalMesh, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "daemon", "join", "--state-dir", str(mesh.daemons[0].state_dir)],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "in use by another daemon" in done.stderr
-
-
 def test_peers_answer_while_streams_run(mesh: LocalMesh) -> None:
     """No read verb waits for the model."""
 
@@ -244,3 +232,39 @@ def test_peers_answer_while_streams_run(mesh: LocalMesh) -> None:
         slowest_s = max(asyncio.run(ask()) for _ in range(5))
         run.result(timeout=60)
     assert slowest_s < 2.0
+
+
+async def test_a_full_queue_says_when_to_come_back_and_empties_when_clients_leave(mesh: LocalMesh) -> None:
+    busy_with = driver(mesh)
+    body = {"prompt": token_ids(QUESTION), "max_tokens": 500, "ignore_eos": True}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def ask(at: int) -> int:
+            async with session.post(f"{mesh.daemons[at % 3].url}/generate", json=body) as response:
+                return response.status
+
+        asked = [asyncio.create_task(ask(at)) for at in range(110)]
+        done, waiting = await asyncio.wait(asked, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+        assert {task.result() for task in done} == {429}
+        async with session.post(f"{mesh.daemons[0].url}/generate", json=body) as response:
+            assert response.status == 429
+            assert int(response.headers["Retry-After"]) >= 1
+            assert (await response.json())["error"]["code"] == "queue_full"
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(asked)
+    await asyncio.to_thread(
+        mesh.await_value,
+        lambda: True if busy_with.get("/admin/status")["kv_blocks"]["used"] == 0 else None,
+        timeout_s=10,
+        what="the abandoned requests to be gone",
+    )
+    prompt = token_ids(QUESTION)
+    assert Stream(mesh.daemons[0].client, prompt, 24).run() == expected(prompt, 24)
+
+
+def test_no_daemon_logged_an_unforeseen_error(mesh: LocalMesh) -> None:
+    for daemon in mesh.daemons:
+        log = daemon.log.read_text()
+        assert "Traceback" not in log, log
+        assert " ERROR " not in log, log
