@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from typing import NoReturn
 
 import msgspec
 
@@ -71,6 +72,7 @@ progress = logging.getLogger("hexmesh.progress")
 
 FIRST_TOKEN_USES = 16
 FIRST_TOKEN_TTL_S = 3600.0
+KEEP_MEMBERS_S = 2.0
 
 
 async def run_node(options: JoinOptions, on_up: Callable[[UpLine], None]) -> int:
@@ -91,6 +93,7 @@ class Node:
         self._leave_asked = asyncio.Event()
         self._forgets = False
         self._facts: tuple[DeviceFacts, ...] = ()
+        self._a_peer_is_up = asyncio.Event()
 
     async def run(self, on_up: Callable[[UpLine], None]) -> int:
         """Serve until asked to leave, then leave."""
@@ -354,8 +357,20 @@ class Node:
         group.create_task(self._links.run(), name="measure-links")
         group.create_task(self._dht.run(), name="dht")
         group.create_task(self._reporter.run(), name="report")
+        group.create_task(self._keep_members(), name="keep-members")
         group.create_task(self._coordination.run(), name="coordinate")
         group.create_task(self._take_part(), name="take-part")
+
+    async def _keep_members(self) -> NoReturn:
+        """Keep on disk whom to dial after a restart."""
+        saved = self._member.membership
+        while True:
+            await asyncio.sleep(KEEP_MEMBERS_S)
+            members = self._member_addresses()
+            if members != saved.members:
+                maddrs = [maddr for member in members for maddr in member.dht_maddrs]
+                saved = msgspec.structs.replace(saved, members=members, dht_initial_peers=maddrs)
+                await asyncio.to_thread(self._member.state.save_membership, saved)
 
     async def _take_part(self) -> None:
         """Measure, tell, then take part: a node that plans cannot use takes no leases."""
@@ -365,9 +380,23 @@ class Node:
         cache = MeasurementCache(self._options.state_dir / "devices.json")
         self._facts = await self._devices.measure(self._dtype(), cache)
         await self._publisher.publish_now()
+        await self._reach_a_known_peer()
         self._state.starting = None
         progress.info("devices measured after %.1f s; taking part", time.monotonic() - started_s)
         self._coordination.take_part()
+
+    async def _reach_a_known_peer(self) -> None:
+        """A node that comes back to others waits for one of them, however long: it never founds a mesh of its own."""
+        known = [peer.name for peer in self._member.membership.members if peer.node_id != self.node_id]
+        if not known or not self._member.is_rejoined:
+            return
+        self._state.starting = (
+            f"none of the mesh's other nodes answers yet ({', '.join(sorted(known))}); start one of them, or give "
+            "the membership up with hexmesh leave --forget"
+        )
+        if not self._a_peer_is_up.is_set():
+            progress.warning("waiting: %s", self._state.starting)
+        await self._a_peer_is_up.wait()
 
     # --- what happens to peers ---
 
@@ -386,6 +415,7 @@ class Node:
         for signed in self._roster.directory.signed():
             self.send(node, Facts(record=signed), channel="control")
         self._links.connected(node)
+        self._a_peer_is_up.set()
 
     def _on_peer_down(self, node: str, reason: str) -> None:
         self._links.disconnected(node)

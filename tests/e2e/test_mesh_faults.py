@@ -191,3 +191,22 @@ def test_a_node_that_leaves_is_planned_around_without_a_lost_token(mesh: LocalMe
     stream.run(on_token)
     assert stream.token_ids == expected(token_ids(QUESTION), N_TOKENS)
     assert leaver.process.wait(timeout=30) == 0
+
+
+def test_a_node_that_comes_back_alone_waits_for_the_others_and_says_so(mesh: LocalMesh) -> None:
+    stored = mesh.daemons[1].state_dir / "membership.json"
+    mesh.await_value(
+        lambda: True if '"three"' in stored.read_text() else None, timeout_s=10, what="peers to be written down"
+    )
+    for daemon in mesh.daemons:
+        daemon.kill_group()
+    two = mesh.start("two", *FLAGS, "64MiB")
+    mesh.await_up(two)
+
+    def find_blocker() -> str | None:
+        message: str = two.client.get_json("/ready", also_ok=(503,))["blocker"]["message"]
+        return message if "other nodes" in message else None
+
+    message = mesh.await_value(find_blocker, timeout_s=30, what="the node to say what it waits for")
+    assert "one" in message
+    assert "three" in message
