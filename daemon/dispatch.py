@@ -11,10 +11,10 @@ import msgspec
 
 from daemon.coordinator import CoordinationLoop
 from daemon.courier import Courier, Payload
+from daemon.discovery.roster import Roster
 from daemon.epochs import Epochs
 from daemon.gateway import Gateway
-from daemon.links import LinkMonitor
-from daemon.roster import Roster
+from daemon.peering.links import LinkMonitor
 from daemon.stages import StageHost
 from hexmesh.wire.codec import Codec
 from hexmesh.wire.control import (

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 from daemon.courier import Courier
-from daemon.service import GenerationPart, GenerationRequest
+from daemon.web.service import GenerationPart, GenerationRequest
 from hexmesh.errors import Busy, Closed, HexmeshError, InvalidInput, NotReady, TimedOut
 from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import Generate, GenerateCancel, Generated, GenerateFailed

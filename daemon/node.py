@@ -22,38 +22,38 @@ from typing import NoReturn
 
 import msgspec
 
-from daemon.access import HttpOptions, read_api_keys
-from daemon.address import parse_address
-from daemon.admission import Admission
+from daemon.compute.devices import MeasurementCache
+from daemon.compute.host_devices import HostDevices
+from daemon.compute.workers import Workshop
 from daemon.config import JoinOptions
 from daemon.coordinator import CoordinationLoop
 from daemon.courier import Channel, Payload
-from daemon.devices import MeasurementCache
-from daemon.dht import DhtOptions, MeshDht
+from daemon.discovery.dht import DhtOptions, MeshDht
+from daemon.discovery.facts import FactsPublisher, RecordClock, RecordStamp
+from daemon.discovery.roster import Roster
 from daemon.dispatch import PEER_MESSAGES, Dispatcher
 from daemon.epochs import Epochs
-from daemon.facts import FactsPublisher, RecordClock, RecordStamp
-from daemon.founding import Member, become_member
 from daemon.gateway import Gateway
-from daemon.greeting import LocalPeer
-from daemon.host_devices import HostDevices
-from daemon.http import HttpSurface
 from daemon.leaving import drain
-from daemon.links import LinkMonitor
-from daemon.mesh_service import NodeService, blocker_error
-from daemon.peers import PeerEvents, PeerNetwork
+from daemon.peering.address import parse_address
+from daemon.peering.greeting import LocalPeer
+from daemon.peering.links import LinkMonitor
+from daemon.peering.peers import PeerEvents, PeerNetwork
 from daemon.pipeline import StepTrace
 from daemon.planning import MeshPlanner, PlannedModel
 from daemon.reporting import Reporter
-from daemon.roster import Roster
 from daemon.runfile import Run, remove_run, write_run
-from daemon.service import ServedModel
 from daemon.service_group import ServiceGroup
 from daemon.snapshot import MeshState
 from daemon.stages import ModelFiles, StageHost
-from daemon.telemetry import Telemetry
+from daemon.trust.admission import Admission
+from daemon.trust.founding import Member, become_member
 from daemon.views import UpLine
-from daemon.workers import Workshop
+from daemon.web.access import HttpOptions, read_api_keys
+from daemon.web.http import HttpSurface
+from daemon.web.mesh_service import NodeService, blocker_error
+from daemon.web.service import ServedModel
+from daemon.web.telemetry import Telemetry
 from hexmesh import __version__
 from hexmesh.errors import Busy, Lost
 from hexmesh.ids import NodeId, new_boot

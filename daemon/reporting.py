@@ -9,7 +9,7 @@ from typing import NoReturn
 from daemon.courier import Courier
 from daemon.dispatch import Dispatcher
 from daemon.snapshot import MeshState
-from daemon.telemetry import Telemetry
+from daemon.web.telemetry import Telemetry
 
 REPORT_S = 1.0
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from daemon.coordinator import CoordinationLoop
 from daemon.epochs import Epochs, HeldEpoch
 from daemon.gateway import Flight, Gateway, Route
-from daemon.links import LinkMonitor
+from daemon.peering.links import LinkMonitor
 from daemon.views import (
     Blocker,
     BottleneckView,

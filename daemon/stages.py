@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from daemon.compute.workers import Worker
 from daemon.courier import Courier, Payload
-from daemon.workers import Worker
 from hexmesh.errors import HexmeshError, InvalidInput
 from hexmesh.membership.outputs import Accepted, Admission
 from hexmesh.plan import Plan, Replica, Stage

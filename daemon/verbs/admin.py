@@ -7,7 +7,7 @@ import time
 
 import click
 
-from daemon.client import read_admin_key
+from daemon.terminal.client import read_admin_key
 from daemon.verbs.options import Duration, client_of, daemon_flags, flag, output_flag, state_path
 from hexmesh.errors import Lost, TimedOut
 from hexmesh.units import show_duration

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from daemon.client import Client, error_of_event
+from daemon.terminal.client import Client, error_of_event
 from daemon.verbs.options import client_of, daemon_flags, flag, output_flag
 from daemon.verbs.wait import blocker_of
 from hexmesh.errors import HexmeshError, InvalidInput, Lost, NotReady

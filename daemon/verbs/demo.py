@@ -1,4 +1,4 @@
-"""`hexmesh demo`: the flags of `daemon.demo`."""
+"""`hexmesh demo`: the flags of `daemon.terminal.demo`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ QUESTION = "What is a KV cache?"
 @click.pass_context
 def demo(context: click.Context, prompt: str, nodes: int, memory: str | None, keep: bool) -> None:
     """Start a mesh of several daemons on this machine, ask it a question, show its topology, and clean up."""
-    from daemon.demo import run_demo
-    from daemon.demo_memory import demo_memory_bytes
+    from daemon.terminal.demo import run_demo
+    from daemon.terminal.demo_memory import demo_memory_bytes
     from hexmesh.units import parse_bytes
 
     memory_bytes = parse_bytes(memory) if memory else demo_memory_bytes(nodes)

@@ -80,8 +80,8 @@ def join(context: click.Context, /, **texts: str | bool | None) -> None:
 def _run(options: JoinOptions) -> int:
     import uvloop
 
-    from daemon.logs import set_up_logging
     from daemon.node import run_node
+    from daemon.terminal.logs import set_up_logging
 
     set_up_logging(options.log_format)
 

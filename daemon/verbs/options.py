@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
-from daemon.client import Client, client_for, read_admin_key
 from daemon.config import read_secret
+from daemon.terminal.client import Client, client_for, read_admin_key
 from hexmesh.errors import Refused
 from hexmesh.units import parse_duration_s
 

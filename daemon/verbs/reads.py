@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from daemon.client import Client
+from daemon.terminal.client import Client
 from daemon.verbs.options import client_of, daemon_flags, output_flag
 from hexmesh.errors import HexmeshError, Internal
 
@@ -46,7 +46,7 @@ def print_view(client: Client, body: bytes, show: Show) -> None:
     """Render `body` on stdout. Raises Internal when it is not what the verb expects."""
     import msgspec
 
-    from daemon.render import new_console, print_on
+    from daemon.terminal.render import new_console, print_on
 
     console = new_console(sys.stdout)
     try:
@@ -80,42 +80,42 @@ def _decode(body: bytes, kind: Any) -> Any:
 
 
 def _show_status(body: bytes, client: Client, console: Console) -> RenderableType:
-    from daemon.render_tables import status_view
+    from daemon.terminal.render_tables import status_view
     from daemon.views import StatusView
 
     return status_view(_decode(body, StatusView), _names(client))
 
 
 def _show_members(body: bytes, client: Client, console: Console) -> RenderableType:
-    from daemon.render_tables import members_table
+    from daemon.terminal.render_tables import members_table
     from daemon.views import MemberView
 
     return members_table(_decode(body, list[MemberView]))
 
 
 def _show_links(body: bytes, client: Client, console: Console) -> RenderableType:
-    from daemon.render_tables import links_table
+    from daemon.terminal.render_tables import links_table
     from daemon.views import LinkView
 
     return links_table(_decode(body, list[LinkView]), _names(client))
 
 
 def _show_requests(body: bytes, client: Client, console: Console) -> RenderableType:
-    from daemon.render_tables import requests_table
+    from daemon.terminal.render_tables import requests_table
     from daemon.views import RequestView
 
     return requests_table(_decode(body, list[RequestView]))
 
 
 def _show_plan(body: bytes, client: Client, console: Console) -> RenderableType:
-    from daemon.render_plan import plan_view
+    from daemon.terminal.render_plan import plan_view
     from daemon.views import PlanView
 
     return plan_view(_decode(body, PlanView))
 
 
 def _show_topology(body: bytes, client: Client, console: Console) -> RenderableType:
-    from daemon.render import TOPOLOGY_COLUMNS, glyphs_for, topology_view
+    from daemon.terminal.render import TOPOLOGY_COLUMNS, glyphs_for, topology_view
     from daemon.views import TopologyView
 
     return topology_view(

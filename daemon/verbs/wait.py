@@ -6,7 +6,7 @@ import time
 
 import click
 
-from daemon.client import Client
+from daemon.terminal.client import Client
 from daemon.verbs.options import Duration, client_of, daemon_flags, flag
 from hexmesh.errors import Lost, NotReady
 

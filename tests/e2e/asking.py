@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from daemon.client import Client
-from daemon.model_source import SHIPPED_MODEL
+from daemon.models.model_source import SHIPPED_MODEL
+from daemon.terminal.client import Client
 
 MIN_MARGIN = 1e-3
 """Between the two likeliest tokens' logits: GEMM rows differ in the last bits between batch sizes."""

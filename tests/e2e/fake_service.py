@@ -14,11 +14,6 @@ from aiohttp import ClientSession
 from prometheus_client import CollectorRegistry
 
 import hexmesh
-from daemon.access import HttpOptions
-from daemon.http import HttpSurface
-from daemon.service import GenerationPart, GenerationRequest, ServedModel
-from daemon.telemetry import Telemetry
-from daemon.text import TextCodec
 from daemon.views import (
     Blocker,
     Issued,
@@ -31,6 +26,11 @@ from daemon.views import (
     StatusView,
     TopologyView,
 )
+from daemon.web.access import HttpOptions
+from daemon.web.http import HttpSurface
+from daemon.web.service import GenerationPart, GenerationRequest, ServedModel
+from daemon.web.telemetry import Telemetry
+from daemon.web.text import TextCodec
 from hexmesh.errors import HexmeshError
 from hexmesh.wire.data import SampledToken
 

@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from daemon.address import LOOPBACK, bound_address, listen_tcp, parse_address
-from daemon.greeting import LocalPeer
-from daemon.peers import PeerEvents, PeerNetwork
-from daemon.tls import TlsFiles
+from daemon.peering.address import LOOPBACK, bound_address, listen_tcp, parse_address
+from daemon.peering.greeting import LocalPeer
+from daemon.peering.peers import PeerEvents, PeerNetwork
+from daemon.peering.tls import TlsFiles
 from hexmesh.ids import NodeId
 from hexmesh.wire.data import GenerateCancel
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import msgspec
 
-from daemon.address import LOOPBACK, bound_address, listen_tcp
-from daemon.greeting import LocalPeer
-from daemon.peers import PeerEvents
-from daemon.tls import TlsFiles
+from daemon.peering.address import LOOPBACK, bound_address, listen_tcp
+from daemon.peering.greeting import LocalPeer
+from daemon.peering.peers import PeerEvents
+from daemon.peering.tls import TlsFiles
 from hexmesh.identity.authority import MeshAuthority, request_certificate
 from hexmesh.identity.certificates import to_pem
 from hexmesh.identity.keys import NodeKey

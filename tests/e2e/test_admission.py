@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from daemon import joining
-from daemon.address import LOOPBACK, Address, bound_address, listen_tcp
-from daemon.admission import Admission, found_mesh
-from daemon.greeting import LocalPeer
-from daemon.joining import Joiner, join_mesh
-from daemon.peers import PeerEvents, PeerNetwork
-from daemon.state import Membership, StateFolder
+from daemon.peering.address import LOOPBACK, Address, bound_address, listen_tcp
+from daemon.peering.greeting import LocalPeer
+from daemon.peering.peers import PeerEvents, PeerNetwork
+from daemon.trust import joining
+from daemon.trust.admission import Admission, found_mesh
+from daemon.trust.joining import Joiner, join_mesh
+from daemon.trust.state import Membership, StateFolder
 from hexmesh.errors import HexmeshError, InvalidInput, Lost, NotReady, Refused, TimedOut
 from hexmesh.identity.certificates import read_member, verify_member
 from hexmesh.identity.keys import NodeKey

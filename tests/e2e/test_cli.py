@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from daemon.cli import main
-from daemon.logs import JsonLines, TextLines
 from daemon.runfile import Run, local_http_url, read_run, remove_run, write_run
+from daemon.terminal.logs import JsonLines, TextLines
 from daemon.verbs.join import find_foreseen, tell_up
 from daemon.views import UpLine
 from hexmesh.errors import HexmeshError, NotReady, Refused
@@ -114,7 +114,7 @@ def test_without_a_run_file_the_default_address_is_asked(
     hexmesh: Hexmesh, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     write_run(tmp_path, Run(2**22 + 1, "http://127.0.0.1:8"))  # a pid that no Linux gives out by default
-    monkeypatch.setattr("daemon.client.HTTP_PORT", 9)
+    monkeypatch.setattr("daemon.terminal.client.HTTP_PORT", 9)
     code, _, err = hexmesh("members")
     assert code == 1
     assert "no daemon answers at http://127.0.0.1:9;" in err

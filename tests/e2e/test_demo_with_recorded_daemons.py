@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon.demo import run_demo
-from daemon.demo_memory import least_memory_bytes, memory_for_exactly
-from daemon.model_source import resolve_model
+from daemon.models.model_source import resolve_model
+from daemon.terminal.demo import run_demo
+from daemon.terminal.demo_memory import least_memory_bytes, memory_for_exactly
 from hexmesh.errors import InvalidInput
 from hexmesh.model_spec import model_spec_from_config
 
@@ -79,7 +79,7 @@ def test_a_daemon_that_hangs_is_killed_with_its_workers(
     temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RECORDED_DAEMON_HANGS", "1")
-    monkeypatch.setattr("daemon.demo.STOP_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("daemon.terminal.demo.STOP_TIMEOUT_S", 0.2)
     assert demo() == 0
     wait_until(lambda: daemons_under(temporary) == [])
     assert list(temporary.iterdir()) == []
@@ -130,7 +130,7 @@ def test_a_signal_in_the_middle_leaves_nothing(number: signal.Signals, tmp_path:
 def demo_process(folder: Path, program: tuple[str, ...], *, keep: bool) -> subprocess.Popen[str]:
     """The demo in a process of its own, with its folder in `folder`."""
     code = (
-        "from daemon.demo import run_demo\n"
+        "from daemon.terminal.demo import run_demo\n"
         f"exit(run_demo('?', n_nodes=3, memory_bytes=2**20, keep={keep}, program={program!r}))"
     )
     return subprocess.Popen(

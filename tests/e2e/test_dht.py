@@ -18,11 +18,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from daemon.attestor import Attestor
-from daemon.dht import DhtOptions, MeshDht
-from daemon.hivemind_import import import_dht_node
-from daemon.libp2p import ensure_identity, multiaddr, peer_id_of
-from daemon.p2pd import P2pdOptions, running_p2pd
+from daemon.discovery.dht import DhtOptions, MeshDht
+from daemon.discovery.hivemind_import import import_dht_node
+from daemon.discovery.libp2p import ensure_identity, multiaddr, peer_id_of
+from daemon.discovery.p2pd import P2pdOptions, running_p2pd
+from daemon.trust.attestor import Attestor
 from hexmesh.errors import Lost, Refused
 from hexmesh.identity.authority import MeshAuthority, request_certificate
 from hexmesh.identity.keys import NodeKey
@@ -162,7 +162,7 @@ def test_dht_key_hash_is_hivemind_s() -> None:
 
 def test_importing_leaves_level_names_alone_and_brings_no_torch() -> None:
     code = (
-        "import logging, sys; from daemon.hivemind_import import import_dht_node; import_dht_node(); "
+        "import logging, sys; from daemon.discovery.hivemind_import import import_dht_node; import_dht_node(); "
         "print(logging.getLevelName(logging.WARNING), 'torch' in sys.modules)"
     )
     done = subprocess.run(
@@ -379,8 +379,8 @@ async def test_calls_on_a_dead_p2pd_end(authority: MeshAuthority, tmp_path: Path
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from daemon.libp2p import ensure_identity, multiaddr
-from daemon.p2pd import P2pdOptions, running_p2pd
+from daemon.discovery.libp2p import ensure_identity, multiaddr
+from daemon.discovery.p2pd import P2pdOptions, running_p2pd
 
 async def main():
     path = Path(sys.argv[1])

@@ -18,9 +18,9 @@ import pytest
 from aiohttp import ClientSession
 from prometheus_client.parser import text_string_to_metric_families
 
-from daemon.access import HttpOptions, read_api_keys
-from daemon.completer import seed_of
-from daemon.http import HttpSurface
+from daemon.web.access import HttpOptions, read_api_keys
+from daemon.web.completer import seed_of
+from daemon.web.http import HttpSurface
 from hexmesh import metrics
 from hexmesh.errors import Busy, InvalidInput, Lost, NotReady, TimedOut
 from tests.e2e.fake_service import BLOCKER, EOS, REPLY, FakeService, serving

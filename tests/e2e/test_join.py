@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon.demo_memory import memory_for_exactly
-from daemon.local_mesh import LocalMesh
-from daemon.model_source import SHIPPED_MODEL, resolve_model
+from daemon.models.model_source import SHIPPED_MODEL, resolve_model
+from daemon.terminal.demo_memory import memory_for_exactly
+from daemon.terminal.local_mesh import LocalMesh
 from hexmesh.model_spec import model_spec_from_config
 from tests.e2e.asking import Stream, expected, token_ids
 

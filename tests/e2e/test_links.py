@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from daemon.links import LinkMonitor
-from daemon.peers import PeerEvents, PeerNetwork
+from daemon.peering.links import LinkMonitor
+from daemon.peering.peers import PeerEvents, PeerNetwork
 from hexmesh.errors import Busy, Lost
 from hexmesh.identity.authority import MeshAuthority
 from hexmesh.ids import NodeId

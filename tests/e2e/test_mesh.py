@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
 
-from daemon.local_mesh import LocalDaemon, LocalMesh
+from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
 from tests.e2e.asking import Stream, expected, token_ids
 
 FLAGS = ("--device", "cpu", "--threads", "1")

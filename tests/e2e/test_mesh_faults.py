@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from daemon.demo_memory import memory_for_exactly
-from daemon.local_mesh import LocalDaemon, LocalMesh
-from daemon.model_source import resolve_model
+from daemon.models.model_source import resolve_model
+from daemon.terminal.demo_memory import memory_for_exactly
+from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
 from hexmesh.errors import NotReady
 from hexmesh.model_spec import model_spec_from_config
 from tests.e2e.asking import Stream, expected, token_ids
@@ -196,7 +196,9 @@ def test_a_node_that_leaves_is_planned_around_without_a_lost_token(mesh: LocalMe
 def test_a_node_that_comes_back_alone_waits_for_the_others_and_says_so(mesh: LocalMesh) -> None:
     stored = mesh.daemons[1].state_dir / "membership.json"
     mesh.await_value(
-        lambda: True if '"three"' in stored.read_text() else None, timeout_s=10, what="peers to be written down"
+        lambda: True if '"three"' in stored.read_text() else None,
+        timeout_s=10,
+        what="peers to be written down",
     )
     for daemon in mesh.daemons:
         daemon.kill_group()

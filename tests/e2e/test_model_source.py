@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from daemon.model_id import model_id
-from daemon.model_source import SHIPPED_MODEL, SHIPPED_NAME, resolve_model
+from daemon.models.model_id import model_id
+from daemon.models.model_source import SHIPPED_MODEL, SHIPPED_NAME, resolve_model
 from hexmesh.errors import InvalidInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +142,7 @@ def hub() -> Iterator[Hub]:
 _SCRIPT = """
 import json, sys
 from pathlib import Path
-from daemon.model_source import resolve_model
+from daemon.models.model_source import resolve_model
 from hexmesh.errors import HexmeshError
 progress = []
 try:

@@ -20,10 +20,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from daemon import connection, incoming, outgoing, peers
-from daemon.address import LOOPBACK, listen_tcp
-from daemon.peers import CHANNELS, PeerEvents, PeerNetwork
-from daemon.tls import client_context, stranger_context
+from daemon.peering import connection, incoming, outgoing, peers
+from daemon.peering.address import LOOPBACK, listen_tcp
+from daemon.peering.peers import CHANNELS, PeerEvents, PeerNetwork
+from daemon.peering.tls import client_context, stranger_context
 from hexmesh.errors import Busy, InvalidInput, Lost
 from hexmesh.identity.authority import MeshAuthority
 from hexmesh.identity.keys import NodeKey

@@ -18,7 +18,7 @@ import pytest
 import pytest_asyncio
 import torch
 
-from daemon.workers import Worker, Workshop
+from daemon.compute.workers import Worker, Workshop
 from hexmesh.errors import Closed, Internal, InvalidInput, Lost, NotReady, Refused
 from hexmesh.wire.data import Row, SamplingParams
 from hexmesh.wire.worker import LoadStage, RunStep, StageLoaded
@@ -319,7 +319,7 @@ async def test_workshop_that_died_is_replaced() -> None:
 DAEMON = """
 import asyncio
 from contextlib import suppress
-from daemon.workers import Workshop
+from daemon.compute.workers import Workshop
 from hexmesh.errors import InvalidInput
 from hexmesh.wire.worker import RunStep
 async def main():

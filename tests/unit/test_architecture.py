@@ -120,7 +120,7 @@ def test_only_the_dht_module_imports_hivemind() -> None:
         for path in python_files(folder)
         if "hivemind" in roots(path)
     ]
-    assert users == ["daemon/dht_node.py"]
+    assert users == ["daemon/discovery/dht_node.py"]
 
 
 def test_nothing_uses_pickle() -> None:

@@ -60,7 +60,7 @@ def test_config_that_cannot_be_read(content: bytes | None, tmp_path: Path) -> No
 def test_importing_needs_no_torch() -> None:
     """A daemon refuses a model before a worker is asked."""
     code = (
-        "import sys, hexmesh.architectures, hexmesh.runtime, daemon.workers; "
+        "import sys, hexmesh.architectures, hexmesh.runtime, daemon.compute.workers; "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
 

@@ -42,7 +42,7 @@ def joined(monkeypatch: pytest.MonkeyPatch) -> list[JoinOptions]:
     node: Any = types.ModuleType("daemon.node")
     node.run_node = run_node
     monkeypatch.setitem(sys.modules, "daemon.node", node)
-    monkeypatch.setattr("daemon.logs.set_up_logging", lambda log_format: None)
+    monkeypatch.setattr("daemon.terminal.logs.set_up_logging", lambda log_format: None)
     for name in ("HEXMESH_STATE_DIR", "HEXMESH_TOKEN", "HEXMESH_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     return seen

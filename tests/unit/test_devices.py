@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.devices import (
+from daemon.compute.devices import (
     FRESH_S,
     DeviceSpec,
     MeasurementCache,
@@ -17,7 +17,7 @@ from daemon.devices import (
     choose_devices,
     measure_devices,
 )
-from daemon.inventory import Gpu, Inventory, _visible_indices, take_inventory
+from daemon.compute.inventory import Gpu, Inventory, _visible_indices, take_inventory
 from hexmesh.cluster import Device
 from hexmesh.errors import InvalidInput, NotReady
 from hexmesh.membership.records import DeviceFacts
@@ -254,7 +254,7 @@ async def test_the_wait_for_a_turn_is_bounded(tmp_path: Path) -> None:
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
-from daemon.devices import benchmark_turn
+from daemon.compute.devices import benchmark_turn
 
 async def main():
     async with benchmark_turn(folder=Path(sys.argv[1])):

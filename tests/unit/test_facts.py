@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from daemon.attestor import Attestor
-from daemon.facts import FactsPublisher, RecordClock, RecordStamp
-from daemon.libp2p import ensure_identity
+from daemon.discovery.facts import FactsPublisher, RecordClock, RecordStamp
+from daemon.discovery.libp2p import ensure_identity
+from daemon.trust.attestor import Attestor
 from hexmesh.errors import Refused
 from hexmesh.identity.authority import MeshAuthority, request_certificate
 from hexmesh.identity.keys import NodeKey

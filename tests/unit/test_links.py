@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from daemon.links import KEEP_S, TURN_LEASE_S, LinkMonitor
+from daemon.peering.links import KEEP_S, TURN_LEASE_S, LinkMonitor
 from hexmesh.cluster import Link
 from hexmesh.wire.facts import ProbeChunk, ProbeEnd, ProbeReport
 

@@ -10,9 +10,17 @@ import msgspec
 import pytest
 from rich.console import Console
 
-from daemon.render import ASCII, glyphs_for, kv_free_share, plain_text, print_on, topology_view, used_of
-from daemon.render_plan import plan_view
-from daemon.render_tables import links_table, members_table, requests_table, status_view
+from daemon.terminal.render import (
+    ASCII,
+    glyphs_for,
+    kv_free_share,
+    plain_text,
+    print_on,
+    topology_view,
+    used_of,
+)
+from daemon.terminal.render_plan import plan_view
+from daemon.terminal.render_tables import links_table, members_table, requests_table, status_view
 from daemon.views import (
     Blocker,
     LinkView,

@@ -16,8 +16,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 from transformers import PreTrainedTokenizerFast
 
 import hexmesh
-from daemon.detokenizer import AnswerText, StopScanner
-from daemon.text import TextCodec
+from daemon.web.detokenizer import AnswerText, StopScanner
+from daemon.web.text import TextCodec
 from hexmesh.errors import InvalidInput
 from hexmesh.wire.data import SampledToken
 

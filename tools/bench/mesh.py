@@ -18,7 +18,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from daemon.local_mesh import LocalDaemon, LocalMesh
+from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
 from tools.bench.models import make_m125, random_prompt
 from tools.bench.reference import Reference
 from tools.bench.report import Report, bench_arguments, print_report, progress

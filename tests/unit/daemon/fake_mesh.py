@@ -20,8 +20,8 @@ import msgspec
 from daemon.epochs import Epochs
 from daemon.gateway import Gateway, Route
 from daemon.pipeline import ReplicaDriver
-from daemon.service import GenerationRequest
 from daemon.stages import ModelFiles, StageHost
+from daemon.web.service import GenerationRequest
 from hexmesh.errors import Lost, NotReady
 from hexmesh.membership.outputs import Accepted, Admission, Refused
 from hexmesh.plan import Plan, Replica, Stage, encode_plan

@@ -8,8 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon import address
-from daemon.address import Address, default_listen_host, free_port, is_loopback, listen_tcp, parse_address
+from daemon.peering import address
+from daemon.peering.address import (
+    Address,
+    default_listen_host,
+    free_port,
+    is_loopback,
+    listen_tcp,
+    parse_address,
+)
 from hexmesh.errors import InvalidInput
 
 hosts = st.one_of(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from daemon.outbox import Outbox, OutboxRules
+from daemon.peering.outbox import Outbox, OutboxRules
 
 REFUSES = OutboxRules(limit_bytes=100, drops_oldest=False)
 DROPS = OutboxRules(limit_bytes=100, drops_oldest=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from daemon.admission import found_mesh
+from daemon.peering.tls import client_context, server_context
 from daemon.runfile import ADMIN_KEY_FILE
-from daemon.state import Membership, StateFolder, StateInUse
-from daemon.tls import client_context, server_context
+from daemon.trust.admission import found_mesh
+from daemon.trust.state import Membership, StateFolder, StateInUse
 from hexmesh.errors import HexmeshError, InvalidInput
 from hexmesh.identity.tokens import TokenLedger
 from hexmesh.wire.peering import MemberAddress, ModelReference
@@ -24,7 +24,7 @@ NOW = datetime(2026, 5, 1, tzinfo=UTC)
 MODEL = ModelReference(name="m", model_id="ab" * 32, root="/models/m")
 LEDGER = TokenLedger().mint(b"s" * 20, now_unix_s=0, ttl_s=10, uses=2)
 
-_TAKE = "import sys; from pathlib import Path; from daemon.state import StateFolder\n"
+_TAKE = "import sys; from pathlib import Path; from daemon.trust.state import StateFolder\n"
 
 
 def found(state: StateFolder) -> Membership:

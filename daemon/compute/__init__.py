@@ -1,0 +1,1 @@
+"""This host's devices and the worker processes that compute on them."""

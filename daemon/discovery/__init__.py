@@ -1,0 +1,1 @@
+"""How nodes learn of each other: signed records, over the DHT and over peer connections."""

@@ -1,0 +1,74 @@
+"""Whom this node knows: verified records from wherever they come, and what follows from a new one."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from daemon.peering.address import parse_address
+from daemon.trust.attestor import Attestor
+from hexmesh.errors import HexmeshError, Refused
+from hexmesh.identity.keys import verify
+from hexmesh.ids import short
+from hexmesh.membership.records import Directory, NodeRecord, SignedRecord, open_record
+
+log = logging.getLogger("hexmesh.roster")
+
+_SIGNED = msgspec.msgpack.Decoder(SignedRecord)
+
+
+class Roster:
+    """Owner of the directory and of the members' public keys."""
+
+    def __init__(
+        self,
+        attestor: Attestor,
+        *,
+        on_address: Callable[[str, str, int], None],
+        on_change: Callable[[NodeRecord], None],
+    ) -> None:
+        self.directory = Directory()
+        self._attestor = attestor
+        self._on_address = on_address
+        self._on_change = on_change
+        self._keys = {attestor.node_id: attestor.identity.public_bytes}
+        self._refused: set[str] = set()
+
+    def learn(self, signed: bytes) -> None:
+        """Take in a record; one that no member of this mesh signed about itself is logged once and dropped."""
+        try:
+            known = open_record(
+                signed,
+                mesh_id=self._attestor.mesh_id,
+                verify=self._attestor.verify,
+                now_unix_s=time.time(),
+            )
+        except Refused as refused:
+            if refused.message not in self._refused and len(self._refused) < 1000:
+                self._refused.add(refused.message)
+                log.warning("record refused reason=%s", refused.message)
+            return
+        if not self.directory.merge(known):
+            return
+        record = known.record
+        self._keys[record.node] = self._attestor.identify(_SIGNED.decode(signed).chain).public_bytes
+        self._note_address(record)
+        self._on_change(record)
+
+    def has_signed(self, node: str, payload: bytes, signature: bytes) -> bool:
+        """Whether `node`, as far as it is known here, signed exactly this payload."""
+        key = self._keys.get(node)
+        return key is not None and verify(key, payload, signature)
+
+    def _note_address(self, record: NodeRecord) -> None:
+        if record.node == self._attestor.node_id:
+            return
+        try:
+            address = parse_address(record.peer_address)
+        except HexmeshError as error:
+            log.warning("address ignored node=%s reason=%s", short(record.node), error.message)
+            return
+        self._on_address(record.node, address.host, address.port)

@@ -1,0 +1,167 @@
+"""One accepted connection: a member that greets and then sends, or a stranger that may only ask to join."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from typing import Literal, Protocol
+
+import msgspec
+
+from daemon.peering.connection import FrameConnection, Loss
+from daemon.peering.greeting import LocalPeer, greeting_fault
+from hexmesh.errors import InvalidInput, Refused
+from hexmesh.identity.certificates import MemberIdentity, read_member
+from hexmesh.ids import NodeId
+from hexmesh.wire import codec
+from hexmesh.wire.frames import Frame, FrameLimits
+from hexmesh.wire.peering import (
+    JOIN_LIMITS,
+    JOIN_REPLY_LIMITS,
+    Channel,
+    JoinAccepted,
+    JoinRefused,
+    JoinRequest,
+    MeshRoot,
+    PeerHello,
+    PeerRefused,
+    WantRoot,
+)
+
+GREET_S = 5.0
+STRANGER_S = 10.0
+"""A stranger has joined, or been refused, by then."""
+
+
+_State = Literal["handshake", "greeting", "member", "stranger", "joining", "refused"]
+
+
+class IncomingOwner(Protocol):
+    """The switchboard that accepted the connection."""
+
+    def is_removed(self, node_id: NodeId) -> bool: ...
+
+    def may_enter(self, stranger: Incoming) -> bool:
+        """Whether there is room for one more stranger."""
+
+    def limits_of(self, channel: Channel) -> FrameLimits: ...
+
+    def on_member(self, incoming: Incoming, hello: PeerHello) -> None: ...
+
+    def on_member_frame(self, incoming: Incoming, frame: Frame) -> None: ...
+
+    def on_join_request(self, stranger: Incoming, request: JoinRequest) -> None: ...
+
+    def on_incoming_lost(self, incoming: Incoming, loss: Loss) -> None: ...
+
+
+class Incoming:
+    """Owns one accepted socket until it is lost."""
+
+    def __init__(
+        self, sock: socket.socket, context: ssl.SSLContext, local: LocalPeer, owner: IncomingOwner
+    ) -> None:
+        """Raises OSError when the other side has hung up already."""
+        self.member: MemberIdentity | None = None
+        self.channel: Channel = "control"
+        self._local = local
+        self._owner = owner
+        self._state: _State = "handshake"
+        self._loop = asyncio.get_running_loop()
+        self._connection = FrameConnection(sock, context, self, JOIN_LIMITS, is_server=True)
+        self._deadline = self._loop.call_later(GREET_S, self._run_late)
+
+    @property
+    def is_member(self) -> bool:
+        """Whether the greeting is done, so that messages may come."""
+        return self._state == "member"
+
+    @property
+    def is_stranger(self) -> bool:
+        return self._state in ("stranger", "joining")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def answer(self, reply: JoinAccepted | JoinRefused) -> None:
+        """The end of the joining dialogue."""
+        self._say(reply)
+        self._connection.close_when_sent()
+
+    def on_open(self, connection: FrameConnection) -> None:
+        certificate = connection.peer_certificate()
+        if certificate is None:
+            self._open_stranger()
+            return
+        try:
+            self.member = read_member(certificate)
+        except Refused as error:
+            connection.close(Loss("tls", error.message))
+            return
+        self._state = "greeting"
+        if self._owner.is_removed(self.member.node_id):
+            self._refuse("removed", "this node was removed from the mesh", "join again with a new token")
+
+    def on_frame(self, connection: FrameConnection, frame: Frame) -> None:
+        match self._state:
+            case "member":
+                self._owner.on_member_frame(self, frame)
+            case "greeting":
+                self._greet(codec.PEERING.decode(frame.header))
+            case "stranger":
+                self._hear_stranger(codec.PEERING.decode(frame.header))
+            case "handshake" | "joining" | "refused":
+                raise InvalidInput("a frame out of turn")
+
+    def on_lost(self, connection: FrameConnection, loss: Loss) -> None:
+        self._deadline.cancel()
+        self._owner.on_incoming_lost(self, loss)
+
+    def _open_stranger(self) -> None:
+        if not self._owner.may_enter(self):
+            self._refuse("too_many_strangers", "too many hosts are joining now", "try again in some seconds")
+            return
+        self._state = "stranger"
+        self._deadline.cancel()
+        self._deadline = self._loop.call_later(STRANGER_S, self._run_late)
+
+    def _greet(self, message: msgspec.Struct) -> None:
+        assert self.member is not None
+        if not isinstance(message, PeerHello):
+            raise InvalidInput(f"{type(message).__name__} before a greeting")
+        fault = greeting_fault(self._local, message, self.member.node_id)
+        if fault is not None:
+            self._refuse(fault.code, fault.message, fault.next_step)
+            return
+        self._deadline.cancel()
+        self._state = "member"
+        self.channel = message.channel
+        self._connection.allow(self._owner.limits_of(message.channel))
+        self._say(self._local.hello(message.channel))
+        self._owner.on_member(self, message)
+
+    def _hear_stranger(self, message: msgspec.Struct) -> None:
+        match message:
+            case WantRoot():
+                self._say(MeshRoot(root=self._local.tls.root_der, clock_unix_s=self._local.clock()))
+            case JoinRequest():
+                self._state = "joining"
+                self._owner.on_join_request(self, message)
+            case _:
+                self._refuse(
+                    "no_certificate",
+                    "only members of this mesh may talk to it, and this connection showed no certificate",
+                    "join it with a token",
+                )
+
+    def _refuse(self, code: str, message: str, next_step: str) -> None:
+        self._state = "refused"
+        self._say(PeerRefused(code=code, message=message, next_step=next_step))
+        self._connection.close_when_sent()
+
+    def _say(self, message: PeerHello | PeerRefused | MeshRoot | JoinAccepted | JoinRefused) -> None:
+        self._connection.write(codec.PEERING.frame(message, limits=JOIN_REPLY_LIMITS))
+
+    def _run_late(self) -> None:
+        self._connection.close(Loss("timeout", "the other side did not speak in time"))

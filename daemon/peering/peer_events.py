@@ -1,0 +1,66 @@
+"""What a peer network is told and tells: its channels' limits, its owner's callbacks, its view of a peer."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from daemon.peering.address import Address
+from hexmesh.ids import NodeId
+from hexmesh.wire.frames import FrameLimits
+from hexmesh.wire.peering import Channel, JoinAccepted, JoinRefused, JoinRequest
+
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelRules:
+    """How much one channel carries: largest frame received or sent, and what waits to be sent."""
+
+    limits: FrameLimits
+    queue_bytes: int
+    drops_oldest: bool
+
+
+CHANNELS: dict[Channel, ChannelRules] = {
+    "control": ChannelRules(
+        limits=FrameLimits(payload_bytes=16 * _MIB), queue_bytes=4 * _MIB, drops_oldest=True
+    ),
+    "data": ChannelRules(limits=FrameLimits(), queue_bytes=64 * _MIB, drops_oldest=False),
+    "probe": ChannelRules(limits=FrameLimits(), queue_bytes=64 * _MIB, drops_oldest=False),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerEvents:
+    """Synchronous callbacks, made in the event loop; they must not block.
+
+    `on_message(peer, message, payload)`: the payload is the receiver's to keep. `on_peer_up` comes before a
+    peer's first message. `on_peer_down(peer, reason)`: its last connection is gone, or it restarted.
+    `on_refused(peer)`: its connections ended and its host answered a redial with "nobody listens", so the
+    process is gone. `on_channel_lost(peer, channel, reason)`: messages sent on it may not have arrived.
+    `admit` answers strangers that ask to join; None refuses them all.
+    """
+
+    on_message: Callable[[NodeId, msgspec.Struct, memoryview], None]
+    on_peer_up: Callable[[NodeId], None] = lambda node_id: None
+    on_peer_down: Callable[[NodeId, str], None] = lambda node_id, reason: None
+    on_refused: Callable[[NodeId], None] = lambda node_id: None
+    on_channel_lost: Callable[[NodeId, Channel, str], None] = lambda node_id, channel, reason: None
+    admit: Callable[[JoinRequest], Awaitable[JoinAccepted | JoinRefused]] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerInfo:
+    """A snapshot of what connections have told about a peer."""
+
+    node_id: NodeId
+    address: Address | None
+    is_up: bool
+    name: str
+    boot: int | None
+    hexmesh_version: str
+    clock_difference_s: float | None
+    """How far its clock is ahead of ours."""

@@ -1,0 +1,407 @@
+"""Connections between members: messages out and in, and who is up, down or gone.
+
+One-way messages, no replies and no waiting: `send` queues and returns; what arrives is handed to `on_message`
+as it comes, in order within one (peer, channel). A message may be lost when its connection is; senders repeat
+themselves (control) or are told (`on_channel_lost`). An exception out of a callback, other than InvalidInput,
+is a bug of its owner and goes to the loop's exception handler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from daemon.peering.acceptor import Acceptor
+from daemon.peering.address import Address, bound_address, parse_address
+from daemon.peering.connection import Loss, prepare_socket
+from daemon.peering.greeting import LocalPeer, clock_difference_s
+from daemon.peering.incoming import Incoming
+from daemon.peering.outbox import OutboxRules
+from daemon.peering.outgoing import DialFailure, Outgoing
+from daemon.peering.peer_events import CHANNELS, ChannelRules, PeerEvents, PeerInfo
+from daemon.peering.tls import client_context, server_context
+from hexmesh.errors import Busy, HexmeshError, InvalidInput, Lost
+from hexmesh.ids import NodeId, short
+from hexmesh.wire import codec
+from hexmesh.wire.frames import Buffer, Frame, FrameLimits, frame_parts
+from hexmesh.wire.peering import (
+    MAX_CLOCK_DIFFERENCE_S,
+    Channel,
+    JoinAccepted,
+    JoinRefused,
+    JoinRequest,
+    PeerHello,
+)
+
+__all__ = ["CHANNELS", "ChannelRules", "PeerEvents", "PeerInfo", "PeerNetwork"]
+
+_log = logging.getLogger("hexmesh.peers")
+
+_MAX_STRANGERS = 16
+_MAX_UNGREETED = 256
+_SAY_AGAIN_S = 60.0
+_MAX_SAID = 256
+
+
+@dataclass(slots=True)
+class _Peer:
+    node_id: NodeId
+    address: Address | None = None
+    outgoing: dict[Channel, Outgoing] = field(default_factory=dict)
+    incoming: dict[Channel, Incoming] = field(default_factory=dict)
+    hello: PeerHello | None = None
+    clock_difference_s: float | None = None
+    is_up: bool = False
+    is_suspect: bool = False
+    """A connection of it ended by the other side, and no new one has proved that its process lives."""
+
+    @property
+    def is_connected(self) -> bool:
+        return bool(self.incoming) or any(link.is_up for link in self.outgoing.values())
+
+
+class PeerNetwork:
+    """Owns the listening socket and all connections. `async with`: entered means listening.
+
+    `decode` reads what members send; give that of a wider union to send more kinds of messages.
+    """
+
+    def __init__(
+        self,
+        local: LocalPeer,
+        listener: socket.socket,
+        events: PeerEvents,
+        *,
+        decode: Callable[[Buffer], msgspec.Struct] = codec.MEMBER.decode,
+        channels: dict[Channel, ChannelRules] = CHANNELS,
+    ) -> None:
+        self._local = local
+        self._listener = listener
+        self.address = bound_address(listener)
+        """Where this node listens."""
+        self._events = events
+        self._decode = decode
+        self._channels = channels
+        self._peers: dict[NodeId, _Peer] = {}
+        self._removed: set[NodeId] = set()
+        self._accepted: set[Incoming] = set()
+        self._server_context = server_context(local.tls)
+        self._client_context = client_context(local.tls)
+        self._group = asyncio.TaskGroup()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._said: dict[tuple[str, str], float] = {}
+        self._is_open = False
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        await self._group.__aenter__()
+        self._is_open = True
+        self._acceptor = Acceptor(self._listener, self._welcome)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._is_open = False
+        self._acceptor.close()
+        for peer in self._peers.values():
+            for link in peer.outgoing.values():
+                link.close()
+        for incoming in list(self._accepted):
+            incoming.close()
+        for task in list(self._tasks):
+            task.cancel()
+        if isinstance(error, asyncio.CancelledError):
+            await self._group.__aexit__(kind, error, traceback)
+        else:  # the body's own failure stays what it is
+            await self._group.__aexit__(None, None, None)
+
+    def send(
+        self, node_id: NodeId, message: msgspec.Struct, payload: Buffer = b"", channel: Channel = "control"
+    ) -> None:
+        """Queue a message and return; a connection is made if there is none. To this node itself: deliver it.
+
+        The payload must not change until it is sent. Control messages are dropped where they cannot be sent.
+        On the other channels raises Busy when the queue is full and Lost when the peer is unknown.
+        """
+        if node_id == self._local.node_id:
+            self._loop.call_soon(self._events.on_message, node_id, message, _own_copy(payload))
+            return
+        peer = self._peers.get(node_id)
+        if not self._is_open or peer is None or peer.address is None:
+            if channel != "control":
+                raise Lost(f"no way to node {short(node_id)} is known", code="unknown_peer")
+            return
+        parts = frame_parts(codec.encode(message), payload, self._channels[channel].limits)
+        if not self._link(peer, channel).send(parts):
+            raise Busy(f"the queue to node {short(node_id)} is full", code="peer_queue_full")
+
+    def connect(self, node_id: NodeId, channel: Channel = "control") -> None:
+        """Dial a peer whose address is known before there is anything to say."""
+        peer = self._peers.get(node_id)
+        if self._is_open and peer is not None and peer.address is not None:
+            self._link(peer, channel).want()
+
+    def learn_address(self, node_id: NodeId, host: str, port: int) -> None:
+        """Where a peer is dialled from now on."""
+        if node_id == self._local.node_id or node_id in self._removed:
+            return
+        peer = self._peers.setdefault(node_id, _Peer(node_id))
+        if peer.address == (address := Address(host, port)):
+            return
+        peer.address = address
+        for link in peer.outgoing.values():
+            if not link.is_up:
+                link.retry_now()
+
+    def forget(self, node_id: NodeId) -> None:
+        """Close everything with a peer and drop what is known of it, without telling; it may come back."""
+        peer = self._peers.pop(node_id, None)
+        if peer is None:
+            return
+        for link in peer.outgoing.values():
+            link.close()
+        for incoming in list(peer.incoming.values()):
+            incoming.close()
+
+    def remove(self, node_id: NodeId) -> None:
+        """Forget a peer and refuse its certificate from now on."""
+        self._removed.add(node_id)
+        self.forget(node_id)
+
+    def queued_bytes(self, node_id: NodeId, channel: Channel) -> int:
+        """What waits to be sent to a peer."""
+        peer = self._peers.get(node_id)
+        link = peer.outgoing.get(channel) if peer is not None else None
+        return link.outbox.n_bytes if link is not None else 0
+
+    def peers(self) -> list[PeerInfo]:
+        """A snapshot of everybody known."""
+        return [_info(peer) for peer in self._peers.values()]
+
+    def peer(self, node_id: NodeId) -> PeerInfo | None:
+        """A snapshot of one peer."""
+        peer = self._peers.get(node_id)
+        return _info(peer) if peer is not None else None
+
+    async def flush(self, timeout_s: float) -> bool:
+        """Wait until live connections have sent what is queued, before leaving; False if time ran out."""
+        stop_s = self._loop.time() + timeout_s
+        while any(link.has_unsent for peer in self._peers.values() for link in peer.outgoing.values()):
+            if self._loop.time() >= stop_s:
+                return False
+            await asyncio.sleep(0.002)
+        return True
+
+    # What links and accepted connections report.
+
+    def address_of(self, node_id: NodeId) -> Address | None:
+        peer = self._peers.get(node_id)
+        return peer.address if peer is not None else None
+
+    def on_link_up(self, link: Outgoing, hello: PeerHello) -> None:
+        peer = self._peers.get(link.node_id)
+        if peer is not None:
+            self._greeted(peer, hello, link)
+
+    def on_link_lost(self, link: Outgoing, loss: Loss) -> None:
+        if link.channel != "control":
+            link.outbox.clear()
+        peer = self._peers.get(link.node_id)
+        if not self._is_open or peer is None:
+            return
+        self._events.on_channel_lost(link.node_id, link.channel, loss.message)
+        self._lost(peer, loss)
+
+    def on_dial_failed(self, link: Outgoing, failure: DialFailure) -> None:
+        peer = self._peers.get(link.node_id)
+        if not self._is_open or peer is None:
+            return
+        if failure.loss.kind in ("tls", "refused", "protocol"):
+            self._complain(short(link.node_id), failure.loss.message)
+        if link.channel != "control" and link.outbox.clear():
+            self._events.on_channel_lost(link.node_id, link.channel, failure.loss.message)
+        if failure.is_refused and peer.is_suspect and not peer.is_connected:
+            peer.is_suspect = False
+            _log.info("peer gone node=%s reason=its host refuses connections", short(peer.node_id))
+            self._events.on_refused(peer.node_id)
+
+    def is_removed(self, node_id: NodeId) -> bool:
+        return node_id in self._removed
+
+    def may_enter(self, stranger: Incoming) -> bool:
+        return sum(other.is_stranger for other in self._accepted) < _MAX_STRANGERS
+
+    def limits_of(self, channel: Channel) -> FrameLimits:
+        return self._channels[channel].limits
+
+    def on_member(self, incoming: Incoming, hello: PeerHello) -> None:
+        assert incoming.member is not None
+        node_id = incoming.member.node_id
+        peer = self._peers.setdefault(node_id, _Peer(node_id))
+        older = peer.incoming.pop(incoming.channel, None)
+        if older is not None:
+            older.close()
+        self._greeted(peer, hello)
+        peer.incoming[incoming.channel] = incoming
+
+    def on_member_frame(self, incoming: Incoming, frame: Frame) -> None:
+        assert incoming.member is not None
+        self._events.on_message(incoming.member.node_id, self._decode(frame.header), frame.payload)
+
+    def on_join_request(self, stranger: Incoming, request: JoinRequest) -> None:
+        self._start(self._admit(stranger, request))
+
+    def on_incoming_lost(self, incoming: Incoming, loss: Loss) -> None:
+        self._accepted.discard(incoming)
+        if not self._is_open:
+            return
+        if loss.kind in ("tls", "protocol", "timeout"):
+            who = short(incoming.member.node_id) if incoming.member is not None else "unknown"
+            self._complain(who, loss.message)
+        if incoming.member is None:
+            return
+        peer = self._peers.get(incoming.member.node_id)
+        if peer is not None and peer.incoming.get(incoming.channel) is incoming:
+            del peer.incoming[incoming.channel]
+            self._lost(peer, loss)
+
+    def _complain(self, who: str, reason: str) -> None:
+        """Say once a minute why nothing comes of a connection: the other side may try again for ever."""
+        now_s = self._loop.time()
+        said = {
+            complaint: said_s for complaint, said_s in self._said.items() if now_s - said_s < _SAY_AGAIN_S
+        }
+        if (who, reason) not in said and len(said) < _MAX_SAID:
+            said[who, reason] = now_s
+            _log.warning("no connection node=%s reason=%s", who, reason)
+        self._said = said
+
+    # How a peer comes and goes.
+
+    def _greeted(self, peer: _Peer, hello: PeerHello, link: Outgoing | None = None) -> None:
+        """A connection with the peer is up: note what it said, and who is up for the first time."""
+        if peer.hello is not None and peer.hello.boot != hello.boot:
+            self._restarted(peer, link)
+        peer.is_suspect = False
+        peer.hello = hello
+        peer.clock_difference_s = clock_difference_s(self._local, hello)
+        if abs(peer.clock_difference_s) > MAX_CLOCK_DIFFERENCE_S and not peer.is_up:
+            _log.warning(
+                "clocks differ node=%s by_s=%.1f next_step=synchronise both with NTP",
+                short(peer.node_id),
+                peer.clock_difference_s,
+            )
+        if hello.address:
+            self._learn_from(peer, hello.address)
+        if not peer.is_up:
+            peer.is_up = True
+            _log.info("peer up node=%s name=%s", short(peer.node_id), hello.name)
+            self._events.on_peer_up(peer.node_id)
+
+    def _learn_from(self, peer: _Peer, address: str) -> None:
+        try:
+            found = parse_address(address)
+        except InvalidInput:
+            return
+        self.learn_address(peer.node_id, found.host, found.port)
+
+    def _restarted(self, peer: _Peer, newest: Outgoing | None) -> None:
+        """What is left of the connections with the former boot leads nowhere."""
+        self._down(peer, "it restarted")
+        for incoming in list(peer.incoming.values()):
+            incoming.close()
+        for link in peer.outgoing.values():
+            if link is not newest:
+                link.drop_connection()
+
+    def _lost(self, peer: _Peer, loss: Loss) -> None:
+        if not peer.is_connected:
+            self._down(peer, loss.message)
+        if loss.is_peers_doing and peer.address is not None:
+            peer.is_suspect = True
+            link = self._link(peer, "control")
+            if not link.is_up:
+                link.retry_now()
+
+    def _down(self, peer: _Peer, reason: str) -> None:
+        if peer.is_up:
+            peer.is_up = False
+            _log.info("peer down node=%s reason=%s", short(peer.node_id), reason)
+            self._events.on_peer_down(peer.node_id, reason)
+
+    def _link(self, peer: _Peer, channel: Channel) -> Outgoing:
+        link = peer.outgoing.get(channel)
+        if link is None:
+            rules = self._channels[channel]
+            link = peer.outgoing[channel] = Outgoing(
+                peer.node_id,
+                channel,
+                OutboxRules(rules.queue_bytes, rules.drops_oldest),
+                self._local,
+                self._client_context,
+                self,
+                lambda link: self._start(link.run()),
+            )
+        return link
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = self._group.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # Accepting.
+
+    def _welcome(self, sock: socket.socket) -> None:
+        n_ungreeted = sum(not incoming.is_member for incoming in self._accepted)
+        if n_ungreeted >= _MAX_UNGREETED:
+            sock.close()
+            return
+        try:
+            prepare_socket(sock)
+            incoming = Incoming(sock, self._server_context, self._local, self)
+        except OSError:  # it hung up already
+            sock.close()
+            return
+        self._accepted.add(incoming)
+
+    async def _admit(self, stranger: Incoming, request: JoinRequest) -> None:
+        if self._events.admit is None:
+            reply: JoinAccepted | JoinRefused = JoinRefused(
+                code="not_admitting", message="this node does not admit others"
+            )
+        else:
+            try:
+                reply = await self._events.admit(request)
+            except HexmeshError as error:
+                reply = JoinRefused(code=error.code, message=error.message, next_step=error.next_step)
+        stranger.answer(reply)
+
+
+def _info(peer: _Peer) -> PeerInfo:
+    hello = peer.hello
+    return PeerInfo(
+        node_id=peer.node_id,
+        address=peer.address,
+        is_up=peer.is_up,
+        name=hello.name if hello is not None else "",
+        boot=hello.boot if hello is not None else None,
+        hexmesh_version=hello.hexmesh_version if hello is not None else "",
+        clock_difference_s=peer.clock_difference_s,
+    )
+
+
+def _own_copy(payload: Buffer) -> memoryview:
+    """A payload that its receiver may keep and write to, as one that came over a socket."""
+    return memoryview(bytearray(memoryview(payload).cast("B") if payload else b""))

@@ -1,0 +1,1 @@
+"""Who belongs to the mesh: founding, joining, certificates, tokens, the state folder."""

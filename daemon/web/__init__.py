@@ -1,0 +1,1 @@
+"""The HTTP surface: OpenAI-compatible routes, plain generation, admin reads, metrics."""

@@ -1,0 +1,111 @@
+"""A node as its HTTP surface sees it: `daemon.web.service.MeshService` on the node's parts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+
+from prometheus_client import CollectorRegistry
+
+from daemon.gateway import Gateway
+from daemon.snapshot import MeshState
+from daemon.trust.admission import Admission
+from daemon.views import (
+    Issued,
+    LinkView,
+    MemberView,
+    PlanView,
+    Readiness,
+    RequestView,
+    StatusView,
+    TopologyView,
+)
+from daemon.web.service import GenerationPart, GenerationRequest, ServedModel
+from hexmesh.errors import NotReady
+
+
+class NodeService:
+    """Delegates; decides nothing."""
+
+    def __init__(
+        self,
+        *,
+        model: ServedModel,
+        state: MeshState,
+        gateway: Gateway,
+        admission: Admission,
+        registry: CollectorRegistry,
+        ask_to_leave: Callable[[bool], None],
+    ) -> None:
+        self._model = model
+        self._state = state
+        self._gateway = gateway
+        self._admission = admission
+        self._registry = registry
+        self._ask_to_leave = ask_to_leave
+
+    @property
+    def model(self) -> ServedModel:
+        """The mesh's model; its context is what the present replica's KV pool can hold."""
+        plan = self._state.plan_now()
+        if plan is None:
+            return self._model
+        room_tokens = max(replica.kv_blocks * replica.block_tokens for replica in plan.replicas)
+        return self._model.with_context(min(self._model.max_model_tokens, room_tokens))
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        return self._registry
+
+    def readiness(self) -> Readiness:
+        return self._state.readiness()
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart, None]:
+        async with aclosing(self._gateway.generate(request)) as parts:
+            async for part in parts:
+                yield part
+
+    def cancel(self, request_id: str) -> bool:
+        return self._gateway.cancel(request_id)
+
+    def status(self) -> StatusView:
+        return self._state.status()
+
+    def members(self) -> list[MemberView]:
+        return self._state.members()
+
+    def links(self) -> list[LinkView]:
+        return self._state.link_views()
+
+    def topology(self) -> TopologyView:
+        return self._state.topology()
+
+    def requests(self) -> list[RequestView]:
+        return self._state.requests()
+
+    def plan(self) -> PlanView:
+        return self._state.plan()
+
+    async def create_token(self, *, ttl_s: float, uses: int) -> Issued:
+        return await asyncio.to_thread(self._admission.create_token, ttl_s=ttl_s, uses=uses)
+
+    async def replan(self, reason: str) -> None:
+        self._state.coordination.replan(reason)
+
+    async def leave(self, *, forget: bool) -> None:
+        self._ask_to_leave(forget)
+
+
+def blocker_error(readiness: Readiness) -> NotReady:
+    """Why a request cannot be routed now, as an error."""
+    blocker = readiness.blocker
+    if blocker is None:
+        return NotReady("no replica can take the request now", code="no_route", next_step="try again shortly")
+    return NotReady(
+        blocker.message,
+        code=blocker.code,
+        next_step=blocker.next_step,
+        needed_bytes=blocker.needed_bytes,
+        room_bytes=blocker.room_bytes,
+    )

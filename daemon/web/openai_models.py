@@ -1,0 +1,259 @@
+"""Bodies of the generating routes: what is accepted, in which ranges, and what is refused by name.
+
+Unknown fields are accepted and logged. Parameters that we know and do not support pass when they ask for
+nothing (null or the neutral value) and are refused otherwise: none is ignored that would change the answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from daemon.web.http_errors import HttpFailure, invalid, unsupported
+
+log = logging.getLogger("hexmesh.http")
+
+MAX_ANSWERS = 128
+"""Most sequences of one request: prompts times n."""
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+StopString = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "n": (1,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "response_format": ({"type": "text"},),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "best_of": (1,),
+    "logit_bias": ({},),
+    "echo": (False,),
+    "suffix": ("",),
+    "min_tokens": (0,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "documents": ([],),
+    "prompt_logprobs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "use_beam_search": (False,),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "logits_processors": ([],),
+    "truncate_prompt_tokens": (),
+    "prompt_embeds": (),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "cache_salt": (),
+}
+"""Known and not supported: the values, beside null, with which the answer is what it would be without.
+
+Only fields that a body does not declare are looked up here: `n`, for one, in /generate."""
+
+_EXPECTED = {
+    "prompt": "a string, a list of strings, a list of token ids or a list of such lists",
+    "stop": f"a string or a list of at most {MAX_STOP_STRINGS} strings, none of them empty",
+    "content": "a string or a list of {'type': 'text', 'text': ...} parts",
+}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    def extra_fields(self) -> dict[str, Any]:
+        return self.model_extra or {}
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingBody(_Body):
+    """What /v1/completions, /v1/chat/completions and /generate share."""
+
+    top_p: Unit | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Unit | None = None
+    seed: int | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
+    max_tokens: Positive | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[TokenId] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class OpenAiBody(SamplingBody):
+    """What the two OpenAI routes share."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    add_special_tokens: bool | None = None
+
+    def wants_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def wants_running_usage(self) -> bool:
+        return self.wants_usage() and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+Prompt = str | list[str] | list[TokenId] | list[list[TokenId]]
+
+
+class CompletionBody(OpenAiBody):
+    prompt: Prompt
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+    def n_logprobs(self) -> int:
+        return -1 if self.logprobs is None else self.logprobs
+
+
+class ContentPart(_Body):
+    type: str
+    text: str | None = None
+
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatBody(OpenAiBody):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Positive | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+    def n_logprobs(self) -> int:
+        return (self.top_logprobs or 0) if self.logprobs else -1
+
+
+class GenerateBody(SamplingBody):
+    prompt: str | list[TokenId]
+
+
+class TokenizeBody(_Body):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeBody(_Body):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class TokenBody(_Body):
+    """A join token to make: how long it lives and how often it may be used."""
+
+    ttl_s: Annotated[float, Field(gt=0, le=30 * 86400)] = 3600.0
+    uses: Annotated[int, Field(ge=1, le=10_000)] = 1
+
+
+class ReplanBody(_Body):
+    reason: Annotated[str, Field(min_length=1, max_length=200)] = "operator"
+
+
+class LeaveBody(_Body):
+    forget: bool = False
+
+
+AnyBody = TypeVar("AnyBody", bound=_Body)
+
+
+def parse_body(shape: type[AnyBody], raw: bytes) -> AnyBody:
+    """The body as `shape`. Raises HttpFailure 400 that names the first wrong field."""
+    try:
+        body = shape.model_validate_json(raw)
+    except ValidationError as error:
+        raise _refusal(error) from None
+    extra = body.extra_fields()
+    refuse_unsupported(extra)
+    unknown = sorted(set(extra) - set(_NEUTRAL))
+    if unknown:
+        log.debug("fields ignored route=%s names=%s", shape.__name__, unknown)
+    if isinstance(body, OpenAiBody):
+        _check_combinations(body)
+    return body
+
+
+def refuse_unsupported(fields: dict[str, Any]) -> None:
+    """Raises `unsupported_parameter` for the first field that asks for what we cannot do."""
+    for name, value in fields.items():
+        if name in _NEUTRAL and value is not None and value not in _NEUTRAL[name]:
+            raise unsupported(name)
+
+
+def _check_combinations(body: OpenAiBody) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise invalid("stream_options goes with stream: true only", param="stream_options")
+    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
+        raise invalid("top_logprobs goes with logprobs: true only", param="top_logprobs")
+
+
+def _refusal(error: ValidationError) -> HttpFailure:
+    """Pydantic's first error in OpenAI's words; the input is never echoed."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return invalid(f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
+    path = first["loc"]
+    for depth, step in enumerate(path):
+        if step in _EXPECTED:
+            param = _dotted(path[: depth + 1])
+            what = "is missing, it must be" if first["type"] == "missing" else "must be"
+            return invalid(f"{param} {what} {_EXPECTED[str(step)]}", param=param)
+    param = _dotted(path)
+    if not param:
+        return invalid("the body must be a JSON object", code="invalid_json")
+    return invalid(f"{param}: {first['msg'][:1].lower()}{first['msg'][1:]}", param=param)
+
+
+def _dotted(path: tuple[int | str, ...]) -> str:
+    """`("messages", 0, "role")` as `messages[0].role`; pydantic's names of union members left out."""
+    text = ""
+    for step in path:
+        if isinstance(step, int):
+            text += f"[{step}]"
+        elif step.isidentifier() and step not in ("int", "float", "str", "bool"):
+            text += f".{step}" if text else step
+    return text

@@ -1,0 +1,106 @@
+"""What the HTTP surface needs from a node: the seam between `daemon.web.http` and the rest of the daemon."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry
+
+from daemon.views import (
+    Issued,
+    LinkView,
+    MemberView,
+    PlanView,
+    Readiness,
+    RequestView,
+    StatusView,
+    TopologyView,
+)
+from hexmesh.wire.data import FinishReason, SampledToken, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One sequence to generate. `sequence` is unique for request id and choice."""
+
+    request_id: str
+    sequence: str
+    prompt: list[int]
+    max_tokens: int
+    stop_token_ids: list[int]
+    sampling: SamplingParams
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationPart:
+    """One or more new tokens; the last part carries the finish reason."""
+
+    tokens: list[SampledToken]
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """The mesh's model as the HTTP surface shows it. Tokenizer files lie in `folder`."""
+
+    name: str
+    root: str
+    folder: str
+    created_s: int
+    max_model_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+
+    def with_context(self, max_model_tokens: int) -> ServedModel:
+        """The same model with room for another context length."""
+        return replace(self, max_model_tokens=max_model_tokens)
+
+
+class MeshService(Protocol):
+    """A running node, seen from its HTTP surface."""
+
+    @property
+    def model(self) -> ServedModel:
+        """Raises NotReady while this node does not know its mesh's model yet."""
+        ...
+
+    @property
+    def registry(self) -> CollectorRegistry: ...
+
+    def readiness(self) -> Readiness: ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart, None]:
+        """Parts as they come. Raises NotReady, Busy, Lost or TimedOut; closing it cancels the sequence.
+
+        A token of `stop_token_ids` that ends the sequence is the last token of the last part. After `cancel`
+        the generator ends without a finish reason or raises Closed.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> bool:
+        """Cancel all sequences of a request; False when there is none of that id here."""
+        ...
+
+    def status(self) -> StatusView: ...
+
+    def members(self) -> list[MemberView]: ...
+
+    def links(self) -> list[LinkView]: ...
+
+    def topology(self) -> TopologyView: ...
+
+    def requests(self) -> list[RequestView]: ...
+
+    def plan(self) -> PlanView: ...
+
+    async def create_token(self, *, ttl_s: float, uses: int) -> Issued: ...
+
+    async def replan(self, reason: str) -> None: ...
+
+    async def leave(self, *, forget: bool) -> None:
+        """Begin a clean leave; the process ends soon after."""
+        ...
