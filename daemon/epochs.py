@@ -52,6 +52,7 @@ class Epochs:
         group: asyncio.TaskGroup,
         stages: StageHost,
         limits: BatchLimits,
+        vocab_size: int,
         on_loaded: Callable[[Epoch], None],
         on_load_failed: Callable[[Epoch, str], None],
         on_drained: Callable[[Epoch], None],
@@ -62,6 +63,7 @@ class Epochs:
         self._group = group
         self._stages = stages
         self._limits = limits
+        self._vocab_size = vocab_size
         self._on_loaded = on_loaded
         self._on_load_failed = on_load_failed
         self._on_drained = on_drained
@@ -183,6 +185,7 @@ class Epochs:
                 replica=replica,
                 courier=self._courier,
                 limits=self._limits,
+                vocab_size=self._vocab_size,
                 on_broken=self._on_broken,
                 on_step=self._on_step,
                 on_idle=self.check_drained,

@@ -44,6 +44,8 @@ class Route:
 class Flight:
     """One sequence under way; owned by its `generate` call."""
 
+    key: str
+    """The sequence's name on the wire: two peers may be given the same request id at the same time."""
     request: GenerationRequest
     started_s: float
     deadline_s: float
@@ -116,13 +118,14 @@ class Gateway:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart, None]:
         """Parts of one sequence as they come; see `MeshService.generate`."""
-        if request.sequence in self._flights:
+        key = f"{self._courier.node_id}/{request.sequence}"
+        if key in self._flights:
             raise InvalidInput(
                 f"request {request.request_id} is under way already", next_step="use another X-Request-Id"
             )
         now_s = time.monotonic()
-        flight = Flight(request, now_s, now_s + request.timeout_s)
-        self._flights[request.sequence] = flight
+        flight = Flight(key, request, now_s, now_s + request.timeout_s)
+        self._flights[key] = flight
         is_finished = False
         try:
             while not is_finished:
@@ -131,7 +134,7 @@ class Gateway:
                     is_finished = part.finish_reason is not None
                     yield part
         finally:
-            del self._flights[request.sequence]
+            del self._flights[key]
             if not is_finished:
                 self._cancel_at_driver(flight)
 
@@ -145,7 +148,7 @@ class Gateway:
         flight.inbox = asyncio.Queue()
         request = flight.request
         message = Generate(
-            sequence=request.sequence,
+            sequence=flight.key,
             attempt=flight.attempt,
             epoch=route.epoch,
             replica=route.replica,
@@ -237,13 +240,11 @@ class Gateway:
             )
 
     def _give_up(self, flight: Flight, reason: str, *, retry: bool = False) -> GenerateFailed:
-        return GenerateFailed(
-            sequence=flight.request.sequence, attempt=flight.attempt, reason=reason, retry=retry
-        )
+        return GenerateFailed(sequence=flight.key, attempt=flight.attempt, reason=reason, retry=retry)
 
     def _cancel_at_driver(self, flight: Flight) -> None:
         if flight.route is not None:
-            cancel = GenerateCancel(sequence=flight.request.sequence, attempt=flight.attempt)
+            cancel = GenerateCancel(sequence=flight.key, attempt=flight.attempt)
             self._courier.send(flight.route.driver, cancel)
 
     def _waited_long(self, flight: Flight) -> bool:

@@ -249,6 +249,7 @@ class Node:
             group=group,
             stages=self._stages,
             limits=BatchLimits(),
+            vocab_size=member.model.spec.vocab_size,
             on_loaded=self._coordination.loaded,
             on_load_failed=self._coordination.load_failed,
             on_drained=self._coordination.drained,

@@ -64,6 +64,7 @@ class ReplicaDriver:
         replica: Replica,
         courier: Courier,
         limits: BatchLimits,
+        vocab_size: int,
         on_broken: Callable[[Epoch, str], None],
         on_step: Callable[[StepTrace], None],
         on_idle: Callable[[], None],
@@ -75,6 +76,7 @@ class ReplicaDriver:
         self.steps_run = 0
         self._cert = cert
         self._courier = courier
+        self._vocab_size = vocab_size
         self._on_broken = on_broken
         self._on_step = on_step
         self._on_idle = on_idle
@@ -101,6 +103,7 @@ class ReplicaDriver:
             return
         self._batcher.cancel(message.sequence)
         try:
+            self._check_tokens(message)
             self._batcher.submit(sequence_of(message, now_s))
         except Busy as busy:
             self._fail(gateway, message.sequence, message.attempt, busy.message, retry=True, busy=True)
@@ -280,6 +283,15 @@ class ReplicaDriver:
     def _break(self, reason: str) -> None:
         self.close(reason)
         self._on_broken(self.epoch, reason)
+
+    def _check_tokens(self, message: Generate) -> None:
+        """A token that the model does not have would break the step for every sequence in it."""
+        tokens = [*message.prompt, *message.emitted]
+        if not message.prompt or min(tokens) < 0 or max(tokens) >= self._vocab_size:
+            raise InvalidInput(
+                f"a prompt takes at least one token id, each from 0 to {self._vocab_size - 1}",
+                code="bad_tokens",
+            )
 
     def _hand_back(self, sequence: Sequence, reason: str) -> None:
         gateway = self._gateways.pop(sequence.id, None)

@@ -138,6 +138,7 @@ class FakeNode:
             group=self.mesh.group,
             stages=self.stages,
             limits=BatchLimits(step_tokens=16),
+            vocab_size=VOCABULARY,
             on_loaded=lambda _: None,
             on_load_failed=lambda _, reason: self.mesh.note_broken(None, reason),
             on_drained=lambda epoch: self.epochs.release(epoch, "drained"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -11,7 +11,7 @@ import pytest
 
 from hexmesh.errors import InvalidInput, TimedOut
 from hexmesh.wire.data import Generated, StepResult
-from tests.unit.daemon.fake_mesh import answer_to, fake_mesh
+from tests.unit.daemon.fake_mesh import VOCABULARY, FakeMesh, answer_to, fake_mesh
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -41,43 +41,39 @@ async def test_streams_share_steps() -> None:
         assert mesh.nodes["a"].driver().steps_run <= 1.2 * 31
 
 
-async def test_a_dead_stage_is_replayed_over_the_rest_with_the_same_tokens() -> None:
-    async with fake_mesh("abc") as mesh:
-        await mesh.commit("abc")
-        got = []
-        async with aclosing(mesh.stream("b", PROMPT, 30)) as stream:
-            async for token in stream:
-                got.append(token)
-                if len(got) == 10:
-                    mesh.kill("c")
-                    asyncio.get_running_loop().create_task(mesh.commit("ab"))
-    assert got == answer_to(PROMPT, 30)
-    assert mesh.n_recovered == 1
+async def answer_while(mesh: FakeMesh, at: str, disturb: Callable[[], Awaitable[None]]) -> list[int]:
+    """An answer of 30 tokens at node `at`, with a disturbance after the tenth."""
+    got = []
+    disturbed = None
+    async with aclosing(mesh.stream(at, PROMPT, 30)) as stream:
+        async for token in stream:
+            got.append(token)
+            if len(got) == 10:
+                disturbed = asyncio.ensure_future(disturb())
+    assert disturbed is not None
+    await disturbed
+    return got
 
 
-async def test_a_dead_driver_is_replaced_with_the_same_tokens() -> None:
+@pytest.mark.parametrize(("victim", "left"), [("c", "ab"), ("a", "cb")], ids=["stage", "driver"])
+async def test_what_ran_over_a_dead_node_is_replayed_over_the_rest_with_the_same_tokens(
+    victim: str, left: str
+) -> None:
     async with fake_mesh("abc") as mesh:
         await mesh.commit("abc")
-        got = []
-        async with aclosing(mesh.stream("b", PROMPT, 30)) as stream:
-            async for token in stream:
-                got.append(token)
-                if len(got) == 10:
-                    mesh.kill("a")
-                    asyncio.get_running_loop().create_task(mesh.commit("cb"))
-    assert got == answer_to(PROMPT, 30)
+
+        async def kill_and_plan() -> None:
+            mesh.kill(victim)
+            await mesh.commit(left)
+
+        assert await answer_while(mesh, "b", kill_and_plan) == answer_to(PROMPT, 30)
+        assert mesh.n_recovered == 1
 
 
 async def test_a_planned_change_lets_running_sequences_end_where_they_are() -> None:
     async with fake_mesh("abc") as mesh:
         await mesh.commit("ab")
-        got = []
-        async with aclosing(mesh.stream("c", PROMPT, 30)) as stream:
-            async for token in stream:
-                got.append(token)
-                if len(got) == 10:
-                    await mesh.commit("cb")
-        assert got == answer_to(PROMPT, 30)
+        assert await answer_while(mesh, "c", lambda: mesh.commit("cb")) == answer_to(PROMPT, 30)
         assert mesh.n_recovered == 0
         await until(lambda: not any(node.epochs.draining for node in mesh.nodes.values()))
 
@@ -157,3 +153,19 @@ async def test_the_same_request_twice_at_once_is_refused() -> None:
                 with pytest.raises(InvalidInput, match="under way already"):
                     await mesh.ask("a", PROMPT, 20)
                 break
+
+
+async def test_the_same_request_id_at_two_peers_gives_two_answers() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        answers = await asyncio.gather(*(mesh.ask(at, PROMPT, 20, name="same") for at in "ab"))
+    assert answers == [answer_to(PROMPT, 20)] * 2
+
+
+async def test_a_token_that_the_model_lacks_is_refused_and_breaks_nothing() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        with pytest.raises(InvalidInput, match="token id"):
+            await mesh.ask("b", [VOCABULARY], 5)
+        assert await mesh.ask("b", PROMPT, 5) == answer_to(PROMPT, 5)
+        assert mesh.broken == []
