@@ -249,7 +249,12 @@ class CoordinationLoop:
             self._planning = None
 
     async def _plan(self, wanted: PlanWanted) -> None:
-        answer = await self._planner.plan(wanted, self._present_plan())
+        try:
+            answer = await self._planner.plan(wanted, self._present_plan())
+        except Exception as error:
+            # A bug of the planner: without this it would end this daemon, then the next coordinator's, and so on.
+            log.exception("planning failed reason=%s", wanted.reason)
+            answer = NoPlan(_bug_notice(error))
         if isinstance(answer, NoPlan):
             self._set_blocked(answer.notice, wanted)
             self._feed(self.machine.plan_ready(wanted.request_id, None, self._loop.time()))
@@ -275,3 +280,13 @@ class CoordinationLoop:
             code=None, message="", next_step="", needed_bytes=None, room_bytes=None
         )
         self._courier.send(node, notice, channel="control")
+
+
+def _bug_notice(error: Exception) -> PlanBlocked:
+    return PlanBlocked(
+        code="planning_failed",
+        message=f"the planner failed: {type(error).__name__}: {error}",
+        next_step="report this with the coordinator's log; a join or leave makes it plan again",
+        needed_bytes=None,
+        room_bytes=None,
+    )

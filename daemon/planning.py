@@ -73,17 +73,24 @@ class MeshPlanner:
         cluster = self._directory.cluster(usable)
         self._used_facts = self._facts_of(usable)
         started_s = time.monotonic()
-        answer = await asyncio.to_thread(self._search, cluster, wanted.hosts, wanted.reason, current)
+        reason = self._with_names(wanted.reason)
+        answer = await asyncio.to_thread(self._search, cluster, wanted.hosts, reason, current)
         search_s = time.monotonic() - started_s
         if isinstance(answer, NoFit):
             log.info("no plan fits search_s=%.3f %s", search_s, answer.message)
             return NoPlan(_notice(answer))
-        log.info("planned search_s=%.3f reason=%s: %s", search_s, wanted.reason, _summary(answer, cluster))
+        log.info("planned search_s=%.3f reason=%s: %s", search_s, reason, _summary(answer, cluster))
         faults = check_plan(answer, cluster, self._model.spec)
         assert not faults, faults
         data = encode_plan(answer)
         load_s = max(stage.needed_bytes for stage in answer.replicas[0].stages) / LOAD_BYTES_PER_S
         return PlanEnvelope(plan=data, digest=digest_of(data), hosts=wanted.hosts, load_estimate_s=load_s)
+
+    def _with_names(self, reason: str) -> str:
+        """Node ids in a reason as people know them."""
+        for record in self._directory.records():
+            reason = reason.replace(record.node, record.name)
+        return reason
 
     def _search(
         self, cluster: Cluster, hosts: Mapping[str, int], reason: str, current: Plan | None

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 from daemon.compute.devices import DeviceSpec, MeasurementCache, measure_devices
 from daemon.compute.workers import Worker, Workshop
-from hexmesh.errors import HexmeshError, Lost
+from hexmesh.errors import HexmeshError, Lost, TimedOut
 from hexmesh.membership.records import DeviceFacts
 from hexmesh.plan import DtypeName
 from hexmesh.wire.worker import DeviceMeasured
 
 log = logging.getLogger("hexmesh.devices")
 
-START_PATIENCE_S = 60.0
+START_PATIENCE_S = 120.0
 """Includes the first import of torch, which a busy machine stretches."""
 MEASURE_PATIENCE_S = 60.0
 RESTART_PAUSE_S = 0.5
@@ -50,7 +51,7 @@ class HostDevices:
         self._is_closing = True
 
     async def start(self) -> None:
-        """Start a worker for each device. Raises Lost or TimeoutError when one does not come up."""
+        """Start a worker for each device. Raises Lost or TimedOut when one does not come up."""
         for spec in self.specs:
             await self._start(spec)
 
@@ -69,17 +70,17 @@ class HostDevices:
         return {spec.index: spec.budget_bytes for spec in self.specs}
 
     async def measure(self, dtype: DtypeName, cache: MeasurementCache) -> tuple[DeviceFacts, ...]:
-        """Every device with measured speed. Raises HexmeshError or TimeoutError."""
+        """Every device with measured speed. Raises HexmeshError."""
 
         async def ask(spec: DeviceSpec) -> DeviceMeasured:
             worker = await self.worker(spec.index)
-            async with asyncio.timeout(MEASURE_PATIENCE_S):
+            async with _deadline(MEASURE_PATIENCE_S, f"measuring device {spec.index}"):
                 return await worker.measure(dtype)
 
         return await measure_devices(self.specs, dtype=dtype, measure=ask, cache=cache, now_unix_s=time.time)
 
     async def _start(self, spec: DeviceSpec) -> None:
-        async with asyncio.timeout(START_PATIENCE_S):
+        async with _deadline(START_PATIENCE_S, f"starting the worker of device {spec.index}"):
             worker = await self._workshop.start_worker(spec.torch_name, spec.n_threads, self._cpu_affinity)
         self._workers[spec.index] = worker
         came, self._came = self._came, asyncio.Event()
@@ -99,6 +100,20 @@ class HostDevices:
         while spec.index not in self._workers:
             try:
                 await self._start(spec)
-            except (HexmeshError, TimeoutError) as error:
+            except HexmeshError as error:
                 log.warning("worker not started device=%d reason=%s", spec.index, error)
                 await asyncio.sleep(RESTART_PAUSE_S)
+
+
+@asynccontextmanager
+async def _deadline(seconds: float, what: str) -> AsyncIterator[None]:
+    """Raise TimedOut, naming what took too long."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError:
+        raise TimedOut(
+            f"{what} took longer than {seconds:.0f} s",
+            code="device_too_slow",
+            next_step="look at the machine's load, or leave the device out with --device",
+        ) from None

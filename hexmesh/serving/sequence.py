@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from hexmesh.wire.data import FinishReason, Generate, SampledToken, SamplingParams
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """A request's tokens and how far their KV has been computed; owned by one batcher."""
+    """A request's tokens and how far their KV has been computed; owned by one batcher. Equal only to itself."""
 
     id: str
     attempt: int
