@@ -112,6 +112,9 @@ def measure_mesh(
         ask()
         refer()
         idle_cpu_per_s = measure_idle(mesh)
+        report.add(
+            f"CPU while idle, daemon, {label}", 100 * idle_cpu_per_s["daemon"] / n_nodes, "% of a core each"
+        )
         cpu_before, started_s = cpu_seconds(mesh), time.monotonic()
         pairs = []
         for index in range(n_rounds):

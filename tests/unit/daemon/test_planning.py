@@ -1,0 +1,188 @@
+"""The planner's glue: facts in, an encoded plan or a notice out."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import Any, cast
+
+import pytest
+
+from daemon import coordinator as coordinator_module
+from daemon import planning
+from daemon.coordinator import CoordinationLoop
+from daemon.models.model_source import resolve_model
+from daemon.planning import MeshPlanner, NoPlan, PlannedModel
+from hexmesh.cluster import Device, Link
+from hexmesh.membership.coordination import Coordination
+from hexmesh.membership.outputs import PlanEnvelope, PlanWanted
+from hexmesh.membership.records import DeviceFacts, Directory, KnownRecord, LinkFacts, NodeRecord
+from hexmesh.membership.timers import Timers
+from hexmesh.model_spec import model_spec_from_config
+from hexmesh.plan import Plan, decode_plan, digest_of
+from hexmesh.workload import Workload
+
+MIB = 2**20
+IDS = {"tokyo": "a" * 40, "osaka": "b" * 40}
+
+
+def record(name: str, *, memory_mib: float, links_to: tuple[str, ...] = (), sequence: int = 1) -> KnownRecord:
+    device = Device(
+        index=0,
+        kind="cpu",
+        name="cpu",
+        budget_bytes=int(memory_mib * MIB),
+        flops_per_s=3e10,
+        bytes_per_s=1e10,
+    )
+    facts = DeviceFacts(
+        device=device, n_threads=1, flops_spread=0.0, bytes_spread=0.0, measured_at_unix_s=0.0
+    )
+    links = tuple(
+        LinkFacts(
+            link=Link(
+                src=IDS[name],
+                dst=IDS[to],
+                rtt_p50_s=1e-3,
+                rtt_p95_s=1e-3,
+                bytes_per_s=1e9,
+                lower_bound=False,
+            ),
+            measured_at_unix_s=0.0,
+        )
+        for to in links_to
+    )
+    body = NodeRecord(
+        mesh_id="m",
+        node=IDS[name],
+        boot=1,
+        sequence=sequence,
+        made_at_unix_s=0.0,
+        name=name,
+        site="s",
+        peer_address="127.0.0.1:1",
+        dht_maddrs=(),
+        http_url=None,
+        hexmesh_version="0",
+        protocol_version=1,
+        model_id="m",
+        devices=(facts,),
+        links=links,
+    )
+    return KnownRecord(record=body, key_hash=b"", expires_at_unix_s=1e10, signed=b"")
+
+
+def planner_over(*records: KnownRecord) -> tuple[MeshPlanner, Directory]:
+    directory = Directory()
+    for known in records:
+        directory.merge(known)
+    spec = model_spec_from_config(resolve_model().config)
+    model = PlannedModel(
+        model_id="m", name="m", spec=spec, dtype="float32", max_model_tokens=2048, workload=Workload()
+    )
+    return MeshPlanner(model, directory), directory
+
+
+def wanted(reason: str = "first plan") -> PlanWanted:
+    return PlanWanted(
+        request_id=1, hosts=dict.fromkeys(IDS.values(), 1), reason=reason, current=None, excluded={}
+    )
+
+
+async def test_a_plan_carries_its_digest_its_hosts_and_a_reason_with_names() -> None:
+    planner, _ = planner_over(
+        record("tokyo", memory_mib=9, links_to=("osaka",)), record("osaka", memory_mib=9, links_to=("tokyo",))
+    )
+    answer = await planner.plan(wanted(f"node {IDS['osaka']} joined"), None)
+    assert isinstance(answer, PlanEnvelope)
+    plan = decode_plan(answer.plan)
+    assert (answer.digest, answer.hosts) == (digest_of(answer.plan), dict.fromkeys(IDS.values(), 1))
+    assert plan.reason == "node osaka joined"
+    assert {stage.node for stage in plan.replicas[0].stages} == set(IDS.values())
+
+
+async def test_what_does_not_fit_is_told_with_bytes() -> None:
+    planner, _ = planner_over(
+        record("tokyo", memory_mib=2, links_to=("osaka",)), record("osaka", memory_mib=2, links_to=("tokyo",))
+    )
+    answer = await planner.plan(wanted(), None)
+    assert isinstance(answer, NoPlan)
+    assert answer.notice.code == "model_does_not_fit"
+    assert answer.notice.needed_bytes is not None
+    assert answer.notice.room_bytes is not None
+    assert answer.notice.needed_bytes > answer.notice.room_bytes > 0
+
+
+async def test_facts_on_their_way_are_waited_for() -> None:
+    planner, directory = planner_over(
+        record("tokyo", memory_mib=9, links_to=("osaka",)), record("osaka", memory_mib=9)
+    )
+
+    def arrive() -> None:
+        directory.merge(record("osaka", memory_mib=9, links_to=("tokyo",), sequence=2))
+        planner.facts_changed()
+
+    asyncio.get_running_loop().call_later(0.01, arrive)
+    assert isinstance(await planner.plan(wanted(), None), PlanEnvelope)
+    assert not planner.has_more_facts(IDS.values())
+
+
+async def test_facts_that_come_too_late_are_a_reason_to_plan_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "FACTS_PATIENCE_S", 0.01)
+    planner, directory = planner_over(
+        record("tokyo", memory_mib=9, links_to=("osaka",)), record("osaka", memory_mib=9)
+    )
+    assert not planner.has_more_facts(IDS.values())
+    assert isinstance(await planner.plan(wanted(), None), NoPlan)
+    assert not planner.has_more_facts(IDS.values())
+    directory.merge(record("osaka", memory_mib=9, links_to=("tokyo",), sequence=2))
+    assert planner.has_more_facts(IDS.values())
+
+
+async def test_a_planners_bug_blocks_planning_and_ends_no_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
+    class BrokenPlanner:
+        async def plan(self, wanted: PlanWanted, current: Plan | None) -> NoPlan:
+            raise ZeroDivisionError("float division by zero")
+
+    monkeypatch.setattr(coordinator_module.log, "exception", lambda *args: None)
+    now_s = asyncio.get_running_loop().time()
+    machine = Coordination(
+        IDS["tokyo"],
+        1,
+        rank=0,
+        timers=Timers(),
+        sign=lambda payload: b"",
+        verify=lambda node, payload, signature: True,
+        highest_term_seen=0,
+        rng=random.Random(1),
+        now_s=now_s,
+    )
+    async with asyncio.TaskGroup() as group:
+        loop = CoordinationLoop(
+            machine=machine,
+            courier=cast(Any, AloneCourier()),
+            group=group,
+            planner=cast(Any, BrokenPlanner()),
+            save_term=lambda term: None,
+            on_change=lambda: None,
+            on_replan=lambda reason: None,
+        )
+        loop.attach(cast(Any, NoEpochs()))
+        await loop._plan(
+            PlanWanted(request_id=1, hosts={IDS["tokyo"]: 1}, reason="r", current=None, excluded={})
+        )
+    assert loop.blocked is not None
+    assert loop.blocked.code == "planning_failed"
+    assert "float division by zero" in loop.blocked.message
+
+
+class NoEpochs:
+    """A host without plans."""
+
+    committed = None
+
+
+class AloneCourier:
+    """Nobody else to send to."""
+
+    node_id = IDS["tokyo"]
