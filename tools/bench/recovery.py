@@ -1,7 +1,7 @@
 """How long a stream stalls when something on its way is killed, and how soon another coordinator leads.
 
-Three nodes on loopback, of which any two hold the model; a greedy stream runs through a node that survives. The stall is
-the longest gap between two tokens at the client, and every stream must have exactly the tokens of an undisturbed one.
+Three nodes on loopback, of which any two hold the model; a greedy stream runs through a node that survives. The stall
+is the longest gap between two tokens at the client, and every stream must have the tokens of an undisturbed one.
 Run: `python tools/bench/recovery.py [--quick] [--json]`.
 """
 
@@ -36,7 +36,8 @@ def main() -> int:
         name="recovery",
         method=(
             "shipped model, three nodes on loopback of which two hold it, "
-            f"SIGKILL at token {KILL_AT_TOKEN} of {N_TOKENS}; stall = longest gap between tokens at the client; {n_runs} fresh meshes a case"
+            f"SIGKILL at token {KILL_AT_TOKEN} of {N_TOKENS}; "
+            f"stall = longest gap between tokens at the client; {n_runs} fresh meshes a case"
         ),
         not_run=[
             "killed with a spare replica present: a mesh has one replica so far",
