@@ -82,3 +82,15 @@ def expected(prompt: list[int], n_tokens: int) -> list[int]:
     margin = float((best_two[:, 0] - best_two[:, 1]).min())
     assert margin > MIN_MARGIN, f"near tie of {margin} in the reference: choose another prompt"
     return [int(token) for token in output.sequences[0, len(prompt) :]]
+
+
+def expected_logprobs(prompt: list[int], n_tokens: int) -> list[float]:
+    """Natural-log probabilities that transformers gives the greedy tokens."""
+    import torch
+
+    model, _ = reference()
+    tokens = prompt + expected(prompt, n_tokens)
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens])).logits[0]
+    scores = torch.log_softmax(logits.float(), dim=-1)
+    return [float(scores[at - 1, tokens[at]]) for at in range(len(prompt), len(tokens))]

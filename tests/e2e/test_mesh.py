@@ -16,7 +16,7 @@ import pytest
 from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
 
 from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
-from tests.e2e.asking import Stream, expected, token_ids
+from tests.e2e.asking import Stream, expected, expected_logprobs, token_ids
 
 FLAGS = ("--device", "cpu", "--threads", "1")
 QUESTION = "What is a KV cache?"
@@ -110,6 +110,42 @@ def test_sampling_is_reproducible_and_a_seed_changes_it(mesh: LocalMesh) -> None
     first = ask(mesh.daemons[0], 7)
     assert ask(mesh.daemons[2], 7) == first
     assert ask(mesh.daemons[1], 8) != first
+
+
+def test_log_probabilities_are_those_of_transformers(mesh: LocalMesh) -> None:
+    prompt = token_ids(QUESTION)
+    with openai_client(mesh.daemons[1]) as client:
+        answer = client.completions.create(
+            model=client.models.list().data[0].id, prompt=prompt, max_tokens=8, temperature=0, logprobs=2
+        )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    wanted = expected_logprobs(prompt, 8)
+    assert logprobs.token_logprobs == pytest.approx(wanted, abs=1e-3)
+    assert all(len(top) == 2 for top in logprobs.top_logprobs or [])
+
+
+def test_several_answers_to_one_prompt_differ_and_repeat_with_the_seed(mesh: LocalMesh) -> None:
+    with openai_client(mesh.daemons[2]) as client:
+
+        def ask() -> list[str]:
+            answer = client.completions.create(
+                model=client.models.list().data[0].id,
+                prompt="Q",
+                max_tokens=16,
+                temperature=1.5,
+                n=3,
+                seed=5,
+                extra_body={"ignore_eos": True},
+            )
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens == 48
+            return [choice.text for choice in answer.choices]
+
+        first = ask()
+        assert len(set(first)) == 3
+        assert ask() == first
 
 
 def test_a_fifth_stream_joins_four_long_ones_and_shares_their_steps(mesh: LocalMesh) -> None:
