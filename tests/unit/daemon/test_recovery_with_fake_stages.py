@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from hexmesh.errors import InvalidInput, TimedOut
-from hexmesh.wire.data import Generated, StepResult
+from hexmesh.wire.data import Generated, SampledToken, StepResult
 from tests.unit.daemon.fake_mesh import VOCABULARY, FakeMesh, answer_to, fake_mesh
 
 
@@ -169,3 +169,63 @@ async def test_a_token_that_the_model_lacks_is_refused_and_breaks_nothing() -> N
             await mesh.ask("b", [VOCABULARY], 5)
         assert await mesh.ask("b", PROMPT, 5) == answer_to(PROMPT, 5)
         assert mesh.broken == []
+
+
+async def test_sequences_that_gave_their_blocks_away_still_give_the_right_answers() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab", kv_blocks=12)  # 48 tokens for four sequences that grow to 27 each
+        answers = await asyncio.gather(*(mesh.ask("b", [*PROMPT, i], 19, name=str(i)) for i in range(4)))
+        assert answers == [answer_to([*PROMPT, i], 19) for i in range(4)]
+        assert mesh.nodes["a"].driver().steps_run > 30, "there was room for all at once"
+
+
+async def test_a_replay_does_not_draw_again_what_the_client_has() -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("abc")
+
+        async def plan_without_b() -> None:
+            mesh.kill("b")
+            await mesh.commit("ac")
+
+        await answer_while(mesh, "c", plan_without_b)
+        # 30 tokens, ten of them drawn before; the replayed prompt and output fit one or two steps.
+        assert mesh.nodes["a"].driver().steps_run <= 22
+
+
+async def test_tokens_that_come_twice_reach_the_client_once() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        gateway = mesh.nodes["b"].gateway
+        got = []
+        async with aclosing(mesh.stream("b", PROMPT, 20)) as stream:
+            async for token in stream:
+                got.append(token)
+                if len(got) == 5:
+                    (flight,) = gateway.flights()
+                    again = [SampledToken(token_id=token_id) for token_id in flight.emitted]
+                    gateway.on_message(
+                        Generated(sequence=flight.key, attempt=flight.attempt, first=0, tokens=again)
+                    )
+    assert got == answer_to(PROMPT, 20)
+
+
+async def test_tokens_of_an_older_attempt_are_dropped() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        gateway = mesh.nodes["b"].gateway
+        got = []
+        async with aclosing(mesh.stream("b", PROMPT, 20)) as stream:
+            async for token in stream:
+                got.append(token)
+                if len(got) == 5:
+                    (flight,) = gateway.flights()
+                    wrong = [SampledToken(token_id=1)]
+                    gateway.on_message(
+                        Generated(
+                            sequence=flight.key,
+                            attempt=flight.attempt - 1,
+                            first=len(flight.emitted),
+                            tokens=wrong,
+                        )
+                    )
+    assert got == answer_to(PROMPT, 20)
