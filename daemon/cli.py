@@ -16,7 +16,9 @@ import click
 from daemon.config import find_config_file, read_config_file
 from daemon.verbs.admin import leave, replan, token
 from daemon.verbs.ask import chat, generate
+from daemon.verbs.config import config
 from daemon.verbs.demo import demo
+from daemon.verbs.doctor import doctor
 from daemon.verbs.join import join
 from daemon.verbs.reads import links, members, plan, requests, status, topology
 from daemon.verbs.version import version
@@ -53,7 +55,7 @@ def cli(context: click.Context, config_file: str | None) -> None:
 for command in (
     *(join, leave, wait, demo),
     *(status, members, links, topology, requests, plan, replan),
-    *(generate, chat, token, version),
+    *(generate, chat, token, version, doctor, config),
 ):
     cli.add_command(command)
 

@@ -73,7 +73,9 @@ def join(context: click.Context, /, **texts: str | bool | None) -> None:
     Once up, one line of JSON on stdout says how to reach it and how others join. SIGTERM or Ctrl-C drains
     and leaves cleanly; a second Ctrl-C ends at once.
     """
-    options = join_options_from_text(_without_overruled(context, texts) | {"state_dir": _state_dir(texts)})
+    options = join_options_from_text(
+        without_overruled(context, texts) | {"state_dir": chosen_state_dir(texts)}
+    )
     context.exit(_run(options))
 
 
@@ -125,7 +127,7 @@ def tell_up(up: UpLine, ready_file: Path | None) -> None:
     click.echo(line)
 
 
-def _without_overruled(
+def without_overruled(
     context: click.Context, texts: Mapping[str, str | bool | None]
 ) -> dict[str, str | bool | None]:
     """`texts` without the one of each contradicting pair that comes from the weaker place."""
@@ -148,5 +150,5 @@ def _rank(context: click.Context, name: str) -> int:
     return _BY_PRECEDENCE.index(source) if source in _BY_PRECEDENCE else len(_BY_PRECEDENCE)
 
 
-def _state_dir(texts: Mapping[str, str | bool | None]) -> str:
+def chosen_state_dir(texts: Mapping[str, str | bool | None]) -> str:
     return str(texts.get("state_dir") or default_state_dir(os.environ))

@@ -1,0 +1,1 @@
+"""`hexmesh doctor`: looks at this host and says what would keep a daemon from taking part."""
