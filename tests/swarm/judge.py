@@ -1,12 +1,16 @@
-"""Invariants I1 to I7, checked on a host after every event that touched it."""
+"""The safety invariants, checked on a host after every event that touched it.
+
+I1 to I7 are those of docs/coordination.md; "vote" says that ready is a vote, "listen" that a host which does
+not take part yet promises nothing.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from hexmesh.membership.outputs import Committed, Output, StartPrepare
+from hexmesh.membership.outputs import Committed, DropPrepared, Output, StartPrepare
 from hexmesh.wire.control import LEAST_BALLOT, Ballot, Beat, ControlMessage, Epoch, Prepare
 
 if TYPE_CHECKING:
@@ -30,6 +34,7 @@ class Judge:
         self._committed: dict[str, Epoch | None] = {}
         self._plans: dict[Epoch, bytes] = {}
         self._attempts: dict[tuple[int, int], bytes] = {}
+        self._decided: set[Epoch] = set()
 
     def note_boot(self, host: Host) -> None:
         self._promised[host.name] = LEAST_BALLOT
@@ -56,8 +61,13 @@ class Judge:
             if isinstance(output, StartPrepare):
                 self._check_prepare(host, promised, message, output)
             elif isinstance(output, Committed):
+                self._decided.add(output.epoch)
                 self._check_commit(host, promised, message, output)
+            elif isinstance(output, DropPrepared):
+                self._check_drop(host, message, output.epoch)
         self._check_memory(host)
+        if not host.takes_part and (machine.promised != LEAST_BALLOT or machine.coordinator is not None):
+            self._fail("listen", host, f"promised {machine.promised} too early")
 
     def _check_prepare(
         self, host: Host, promised: Ballot, message: ControlMessage | None, output: StartPrepare
@@ -87,12 +97,19 @@ class Judge:
                 is_theirs or is_endorsed, "I3", host, f"certificate of {output.epoch} obeyed under {promised}"
             )
 
+    def _check_drop(self, host: Host, message: ControlMessage | None, epoch: Epoch) -> None:
+        """A decided epoch had every host's vote: an older order of its own coordinator must not undo one."""
+        if isinstance(message, Beat) and epoch in self._decided:
+            cur = None if message.cur is None else message.cur.epoch
+            is_old = message.ballot.owner == epoch.ballot.owner and (cur is None or cur < epoch)
+            self._require(not is_old, "vote", host, f"dropped {epoch}, decided, by a beat with {cur}")
+
     def _check_memory(self, host: Host) -> None:
         machine = host.machine
         assert machine is not None
         slots = {machine.committed, machine.prepared, machine.draining} - {None}
-        self._require(len(host.loaded) <= 3, "I7", host, f"{len(host.loaded)} epochs in memory")
-        self._require(host.loaded == slots, "I7", host, f"loaded {host.loaded}, slots {slots}")
+        if len(host.loaded) > 3 or host.loaded != slots:
+            self._fail("I7", host, f"loaded {host.loaded}, slots {slots}")
 
     def note_step(self, host: Host, attempt: tuple[int, int], epoch: Epoch) -> None:
         """The host worked on an attempt, with the plan that it has under that name, else its current one."""
@@ -100,10 +117,12 @@ class Judge:
         slots = (host.machine.committed, host.machine.prepared, host.machine.draining)
         plan = host.plans[epoch] if epoch in slots else host.machine.committed_plan
         assert plan is not None
-        self._require(
-            self._attempts.setdefault(attempt, plan) == plan, "I5", host, f"attempt {attempt} mixed"
-        )
+        if self._attempts.setdefault(attempt, plan) != plan:
+            self._fail("I5", host, f"attempt {attempt} mixed")
 
     def _require(self, claim: bool, invariant: str, host: Host, why: str) -> None:
         if not claim:
-            raise ViolationError(f"{invariant} seed={self._seed} host={host.name} boot={host.boot}: {why}")
+            self._fail(invariant, host, why)
+
+    def _fail(self, invariant: str, host: Host, why: str) -> NoReturn:
+        raise ViolationError(f"{invariant} seed={self._seed} host={host.name} boot={host.boot}: {why}")

@@ -1,4 +1,4 @@
-"""Switches off one rule at a time, to see that the swarm notices: each mutant must turn some test red."""
+"""Switches off one rule at a time, in memory: `test_mutations` shows that each turns some test red."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+from hexmesh.membership.coordination import Coordination
 from hexmesh.membership.coordinator import Coordinator
 from hexmesh.membership.epochs import EpochSlots
 from hexmesh.membership.host import Host
@@ -15,6 +16,7 @@ from hexmesh.membership.merge import Merge
 from hexmesh.membership.outputs import Accepted, Admission
 from hexmesh.membership.peers import Peers
 from hexmesh.wire.control import Ballot, Epoch
+from tests.swarm.world import World
 
 
 def _yes(*_: Any, **__: Any) -> bool:
@@ -45,6 +47,16 @@ def _choose_by_ballot(self: Merge, n_held: int, ballot: Ballot, heirs: tuple[str
     self.yielding_to = best.header.src if best is not None and best.ballot > ballot else None
 
 
+def _stand_untimely(self: Coordination, now_s: float) -> bool:
+    """Stands when a lease is free, even while it should only listen."""
+    return self._lease.is_free(now_s) and now_s >= self._standing.due_s(self._lease, self._peers, now_s)
+
+
+def _same_boot(_: World) -> int:
+    """Every start of a host has the same name (row 3)."""
+    return 1
+
+
 Patch = tuple[type, str, Callable[..., Any]]
 
 MUTANTS: dict[str, list[Patch]] = {
@@ -61,6 +73,8 @@ MUTANTS: dict[str, list[Patch]] = {
         (Coordinator, "_is_candidate", lambda self, peer, now_s: peer.node not in self.held),
     ],
     "one slot each": [(EpochSlots, "_release", _keep_draining)],
+    "listening": [(Coordination, "_may_stand", _stand_untimely)],
+    "boot nonce": [(World, "_draw_boot", _same_boot)],
     "spread": [(Host, "commit", lambda self, cert, now_s: self.slots.commit(cert, now_s))],
     "size first": [(Merge, "choose", _choose_by_ballot)],
 }

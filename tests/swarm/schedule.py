@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 
-from tests.swarm.world import Counts, Habits, Weather, World
+from tests.swarm.world import Counts, Habits, Host, Weather, World
+
+HEALS_WITHIN_S = 12.0
+"""The bound of I8: listening of up to 3 s and a pause that outlasts the faults by up to 6 s are inside it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,8 +21,36 @@ class Faults:
     max_loss: float = 0.2
     max_duplication: float = 0.1
     pauses: bool = False
-    heal_within_s: float = 20.0
+    heal_within_s: float = HEALS_WITHIN_S
     calm_s: float = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One schedule, all of it from its seed."""
+
+    seed: int
+    n_hosts: int
+    faults: Faults
+    habits: Habits
+
+    @classmethod
+    def draw(cls, seed: int) -> Case:
+        """2 to 9 hosts; gentle or hard faults; pauses in a quarter; in half, hosts listen before they take part."""
+        rng = random.Random(f"case {seed}")
+        return cls(
+            seed=seed,
+            n_hosts=2 + seed % 8,
+            faults=Faults(mean_gap_s=rng.choice([1.2, 1.2, 0.6, 0.3]), pauses=rng.random() < 0.25),
+            habits=Habits(
+                drift=rng.choice([0.0, 0.03, 0.1, 0.2]),
+                listen_s=rng.choice([None, (0.0, 3.0)]),
+                resets=rng.random() < 0.25,
+            ),
+        )
+
+    def run(self) -> Outcome:
+        return run_schedule(self.seed, self.n_hosts, self.faults, self.habits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +122,9 @@ def heal(world: World) -> None:
     """All hosts up, all links there, hardly any loss."""
     world.cut.clear()
     world.weather = Weather(loss=0.005)
+    for host in world.alive():
+        if host.machine is not None and host.machine.is_leaving:
+            world.crash(host.name)
     for name in world.hosts:
         world.boot(name, keep_disk=world.rng.random() < 0.5)
 
@@ -115,6 +150,7 @@ def strike(world: World, faults: Faults) -> None:
         (3, world.cut.clear),
         (2, lambda: setattr(world, "weather", random_weather(world, faults))),
         (1, lambda: _force(world)),
+        (1, lambda: _leave_one(world)),
     ]
     if faults.pauses:
         acts.append((2, lambda: world.pause(rng.choice(names), rng.uniform(0.5, 6.0))))
@@ -131,6 +167,20 @@ def _kill_leader(world: World) -> None:
     leader = world.leader()
     if leader is not None:
         world.crash(leader.name)
+
+
+def _leave_one(world: World) -> None:
+    """A host says that it leaves, and stops a while later, whether or not it was told that it may."""
+    awake = [host for host in world.alive() if host.paused_until_s <= world.now_s]
+    if awake:
+        host = world.rng.choice(awake)
+        world.call(host, lambda m, t: m.leave(t))
+        world.after(world.rng.uniform(0.5, 5.0), _stop, world, host, host.life)
+
+
+def _stop(world: World, host: Host, life: int) -> None:
+    if host.life == life:
+        world.crash(host.name)
 
 
 def _force(world: World) -> None:

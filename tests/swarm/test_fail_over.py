@@ -58,6 +58,30 @@ def test_a_cold_start_leads_to_one_epoch(n_hosts: int, limit_s: float) -> None:
         assert whole_s is not None, f"seed={seed} n_hosts={n_hosts}"
 
 
+@pytest.mark.parametrize(("n_hosts", "limit_s"), [(1, 3.5), (3, 4.5), (9, 5.5)])
+def test_a_host_listens_before_it_takes_part(n_hosts: int, limit_s: float) -> None:
+    """As daemons do while they measure: the limit counts from when the last one is done."""
+    listened_s = 4.0
+    for seed in range(10):
+        world = World(seed, n_hosts, Habits(request_every_s=None, listen_s=(0.0, listened_s)))
+        world.weather = CALM
+        for name in world.hosts:
+            world.at(world.rng.uniform(0, 0.5), world.boot, name)
+        whole_s = time_to_whole(world, 0.5 + listened_s + limit_s, 1.0)
+        assert whole_s is not None, f"seed={seed} n_hosts={n_hosts}"
+
+
+@pytest.mark.parametrize("keep_disk", [True, False])
+def test_a_mesh_that_lost_all_hosts_at_once_starts_again(keep_disk: bool) -> None:
+    for seed in range(8):
+        world = calm_mesh(seed, 2 + seed, Habits(request_every_s=None, listen_s=(0.0, 1.0)))
+        for name in world.hosts:
+            world.crash(name)
+        for name in world.hosts:
+            world.boot(name, keep_disk=keep_disk)
+        assert time_to_whole(world, 7.0, 1.0) is not None, f"seed={seed}"
+
+
 def test_no_first_plan_before_enough_nodes_are_held() -> None:
     world = World(1, 3, Habits(min_nodes=3))
     world.boot("h0")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,7 +60,8 @@ class Habits:
     drift: float = 0.03
     resets: bool = False
     """Whether a killed host's peers see their connection reset and a redial refused."""
-    has_boot_nonce: bool = True
+    listen_s: tuple[float, float] | None = None
+    """How long a host that starts only listens, as a daemon does while it measures; None: not at all."""
     min_nodes: int = 1
     request_every_s: float | None = 0.1
     n_steps: int = 3
@@ -87,6 +89,7 @@ class Host:
     disk_term: int = 0
     wake_s: float = HORIZON_S
     paused_until_s: float = 0.0
+    takes_part: bool = True
     plans: dict[Epoch, bytes] = field(default_factory=dict)
     sequences: dict[tuple[int, int], Epoch] = field(default_factory=dict)
     loaded: set[Epoch] = field(default_factory=set)
@@ -186,7 +189,8 @@ class World:
             host.disk_term = 0
         self._n_boots += 1
         host.life = self._n_boots
-        host.boot = self._n_boots * 1000 + self.rng.randrange(1000) if self.habits.has_boot_nonce else 1
+        host.boot = self._draw_boot()
+        host.takes_part = self.habits.listen_s is None
         host.plans, host.sequences, host.loaded, host.has_left = {}, {}, set(), False
         host.machine = Coordination(
             name,
@@ -199,12 +203,26 @@ class World:
             rng=random.Random(self.rng.random()),
             now_s=host.local_s(self.now_s),
             min_nodes=self.habits.min_nodes,
+            takes_part=host.takes_part,
         )
         self.judge.note_boot(host)
         for other in self.hosts:
             if other != name:
-                self.call(host, lambda m, t, other=other: m.peer_reachable(other, t))
+                self._introduce(host, other)
+        if self.habits.listen_s is not None:
+            self.after(self.rng.uniform(*self.habits.listen_s), self._take_part, host, host.life)
         self._plan_wake(host)
+
+    def _introduce(self, host: Host, other: str) -> None:
+        self.call(host, lambda m, t: m.peer_reachable(other, t))
+
+    def _draw_boot(self) -> int:
+        return self._n_boots * 1000 + self.rng.randrange(1000)
+
+    def _take_part(self, host: Host, life: int) -> None:
+        if host.life == life and host.machine is not None:
+            host.takes_part = True
+            self.call(host, Coordination.take_part)
 
     def boot_all(self) -> None:
         for name in self.hosts:
@@ -431,6 +449,18 @@ class World:
 
     def _forget_sequences(self, host: Host, epoch: Epoch) -> None:
         host.sequences = {key: known for key, known in host.sequences.items() if known != epoch}
+
+
+def count_messages(world: World) -> Counter[str]:
+    """Fills as the world runs: how many messages of each kind were sent."""
+    counts: Counter[str] = Counter()
+
+    def observe(_now_s: float, _host: str, output: Output) -> None:
+        if isinstance(output, Send):
+            counts[type(output.message).__name__] += 1
+
+    world.observers.append(observe)
+    return counts
 
 
 def count_lease_moves(world: World) -> list[tuple[float, str, str]]:
