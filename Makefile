@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROMPT ?=
 
-.PHONY: setup test check format demo bench clean
+.PHONY: setup test check format demo lab bench clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,9 @@ format: setup
 
 demo: setup
 	@$(BIN)/hexmesh demo $(if $(PROMPT),"$(PROMPT)")
+
+lab: setup
+	@$(BIN)/python -m tools.netlab $(if $(PROMPT),"$(PROMPT)")
 
 bench: setup
 	$(BIN)/python tools/bench/mesh.py --quick
