@@ -380,6 +380,7 @@ class Node:
         progress.info("workers are up after %.1f s; measuring devices", time.monotonic() - started_s)
         cache = MeasurementCache(self._options.state_dir / "devices.json")
         self._facts = await self._devices.measure(self._dtype(), cache)
+        self._links.measure_anew()
         await self._publisher.publish_now()
         await self._reach_a_known_peer()
         self._state.starting = None

@@ -148,6 +148,12 @@ class LinkMonitor:
         path.n_connections += 1
         self._peers_changed.set()
 
+    def measure_anew(self) -> None:
+        """What was measured so far was disturbed (this host was busy): measure every link again."""
+        for path in self._paths.values():
+            if path.is_connected:
+                self.connected(path.node)
+
     def disconnected(self, node: str) -> None:
         """The connection is down. The figures stay for a minute, for it may come back at once."""
         path = self._paths.get(node)

@@ -59,6 +59,8 @@ class _Peer:
     hello: PeerHello | None = None
     clock_difference_s: float | None = None
     is_up: bool = False
+    is_undialable: bool = False
+    """It reaches us, and dialling it failed; told once."""
     is_suspect: bool = False
     """A connection of it ended by the other side, and no new one has proved that its process lives."""
 
@@ -212,6 +214,7 @@ class PeerNetwork:
     def on_link_up(self, link: Outgoing, hello: PeerHello) -> None:
         peer = self._peers.get(link.node_id)
         if peer is not None:
+            peer.is_undialable = False
             self._greeted(peer, hello, link)
 
     def on_link_lost(self, link: Outgoing, loss: Loss) -> None:
@@ -229,6 +232,15 @@ class PeerNetwork:
             return
         if failure.loss.kind in ("tls", "refused", "protocol"):
             self._complain(short(link.node_id), failure.loss.message)
+        if peer.incoming and not peer.is_undialable:
+            peer.is_undialable = True
+            _log.warning(
+                "peer reaches this node and cannot be dialled node=%s address=%s reason=%s "
+                "next_step=open its peer port to other nodes, or give it --advertise",
+                short(link.node_id),
+                peer.address,
+                failure.loss.message,
+            )
         if link.channel != "control" and link.outbox.clear():
             self._events.on_channel_lost(link.node_id, link.channel, failure.loss.message)
         if failure.is_refused and peer.is_suspect and not peer.is_connected:

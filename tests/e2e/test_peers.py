@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from daemon.peering import connection, incoming, outgoing, peers
-from daemon.peering.address import LOOPBACK, listen_tcp
+from daemon.peering.address import LOOPBACK, bound_address, listen_tcp
 from daemon.peering.peers import CHANNELS, PeerEvents, PeerNetwork
 from daemon.peering.tls import client_context, stranger_context
 from hexmesh.errors import Busy, InvalidInput, Lost
@@ -216,6 +216,25 @@ async def test_a_reason_is_said_once(pair: tuple[Member, Member], caplog: pytest
             await b.until(lambda n=n: len(b.seen) == n)  # type: ignore[misc]
 
     assert caplog.text.count("speaks protocol 7") == 1
+
+
+async def test_a_peer_that_reaches_us_and_cannot_be_dialled_is_named_once(
+    pair: tuple[Member, Member], caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = pair
+    unused = listen_tcp(LOOPBACK, 0, flag="")
+    hidden = replace(b.local, address=str(bound_address(unused)))
+    unused.close()
+    async with network_of(a) as network, PeerNetwork(hidden, b.listener, b.events) as from_hidden:
+        introduce(from_hidden, a)
+        from_hidden.send(a.node_id, note("here I am"))
+        await a.until(lambda: len(a.messages) == 1)
+        for n in range(1, 3):
+            network.send(b.node_id, note("hello"), channel="data")
+            await a.until(lambda n=n: len([event for event in a.seen if event[0] == "lost"]) == n)  # type: ignore[misc]
+
+    assert caplog.text.count("cannot be dialled") == 1
+    assert hidden.address in caplog.text
 
 
 async def test_a_mesh_of_another_root_is_not_talked_to(
