@@ -104,12 +104,6 @@ class Gateway:
             if flight.route is not None and flight.route.driver == node:
                 flight.inbox.put_nowait(self._give_up(flight, reason, retry=True))
 
-    def epoch_released(self, epoch: Epoch) -> None:
-        """Replay what still ran in an epoch that is gone."""
-        for flight in self._flights.values():
-            if flight.route is not None and flight.route.epoch == epoch:
-                flight.inbox.put_nowait(self._give_up(flight, "the plan changed", retry=True))
-
     def on_message(self, message: Generated | GenerateFailed) -> None:
         """Tokens or a failure from a driver; messages of older attempts are dropped."""
         flight = self._flights.get(message.sequence)

@@ -29,15 +29,17 @@ async def drain(state: MeshState, stages: StageHost) -> None:
     if not is_gone:
         progress.info("leaving although the mesh has no plan without this node")
         return
-    if not await _until(
-        lambda: not state.gateway.flights() and state.epochs.draining is None, DRAIN_PATIENCE_S
-    ):
+    if not await _until(lambda: _has_drained(state, stages), DRAIN_PATIENCE_S):
         progress.info("leaving with %d requests under way", len(state.gateway.flights()))
 
 
-def _is_quiet(stages: StageHost) -> bool:
-    """No step has come by for a while: sequences that ran over this node's stages have ended."""
-    return time.monotonic() - stages.last_step_s > QUIET_S
+def _has_drained(state: MeshState, stages: StageHost) -> bool:
+    """Nothing that entered here runs, and no step has come by for a while.
+
+    The plan without this node is not committed here, so its stages serve the one before until they are quiet.
+    """
+    is_quiet = time.monotonic() - stages.last_step_s > QUIET_S
+    return is_quiet and not state.gateway.flights() and state.epochs.draining is None
 
 
 def _needs_no_more(state: MeshState) -> bool:

@@ -48,7 +48,6 @@ class StepTrace:
     """What one step took: the whole round trip, and the compute time of each stage."""
 
     replica: str
-    n_tokens: int
     round_trip_s: float
     stage_seconds: list[float]
 
@@ -204,7 +203,7 @@ class ReplicaDriver:
         now_s = time.monotonic()
         emissions = self._batcher.complete(result.sampled)
         self._hand_out(emissions)
-        self._account(rows, result, emissions, started_s, now_s)
+        self._account(result, emissions, started_s, now_s)
 
     async def _answered(self, rows: list[ScheduledRow]) -> StepResult | None:
         """The step's result; None when the replica was closed meanwhile."""
@@ -261,7 +260,6 @@ class ReplicaDriver:
 
     def _account(
         self,
-        rows: list[ScheduledRow],
         result: StepResult,
         emissions: list[Emission],
         started_s: float,
@@ -270,8 +268,7 @@ class ReplicaDriver:
         self._emitted.append((now_s, len(emissions)))
         self._stage_seconds.append((now_s, result.stage_seconds))
         self._recent(now_s)
-        n_tokens = sum(row.n_tokens for row in rows)
-        self._on_step(StepTrace(self.replica.id, n_tokens, now_s - started_s, result.stage_seconds))
+        self._on_step(StepTrace(self.replica.id, now_s - started_s, result.stage_seconds))
 
     def _recent(self, now_s: float) -> float:
         """Drop what is older than the window; the window's length in seconds."""

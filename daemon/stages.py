@@ -46,7 +46,6 @@ class HeldStage:
     name: str
     replica: Replica
     index: int
-    device: int
     worker: Worker
 
     @property
@@ -76,7 +75,6 @@ class StageHost:
         self._admit = admit
         self._on_broken = on_broken
         self._held: dict[StageKey, HeldStage] = {}
-        self.used_bytes: dict[str, int] = {}
         self.last_step_s = -math.inf
         """When a step was taken in last, on the monotonic clock."""
 
@@ -96,21 +94,19 @@ class StageHost:
         """Forget all stages of an epoch; layers that another epoch shares stay in memory."""
         for key in [key for key in self._held if key[0] == epoch]:
             held = self._held.pop(key)
-            self.used_bytes.pop(held.name, None)
             held.worker.drop(held.name)
 
     def worker_died(self, worker: Worker, reason: str) -> None:
         """Forget what the dead worker held and say which epochs are broken by it."""
         lost = [key for key, held in self._held.items() if held.worker is worker]
         for key in lost:
-            self.used_bytes.pop(self._held.pop(key).name, None)
+            del self._held[key]
         for epoch in {key[0] for key in lost}:
             self._on_broken(epoch, reason)
 
     def stage_failed(self, name: str, reason: str) -> None:
         """A worker gave up one of its stages: its epoch is broken."""
         for key in [key for key, held in self._held.items() if held.name == name]:
-            self.used_bytes.pop(name, None)
             del self._held[key]
             self._on_broken(key[0], reason)
 
@@ -129,17 +125,14 @@ class StageHost:
 
     async def _load(self, epoch: Epoch, plan: Plan, replica: Replica, index: int) -> bool:
         stage = replica.stages[index]
-        device = stage.devices[0]
         held = HeldStage(
             name=stage_name(epoch, replica.id, index),
             replica=replica,
             index=index,
-            device=device,
-            worker=await self._worker_of(device),
+            worker=await self._worker_of(stage.devices[0]),
         )
         loaded = await held.worker.load(self._load_order(held.name, plan, replica, stage))
         self._held[(epoch, replica.id, index)] = held
-        self.used_bytes[held.name] = loaded.weight_bytes + loaded.pool_bytes
         log.info(
             "stage loaded replica=%s stage=%d layers=%d-%d load_s=%.2f reused_layers=%d",
             replica.id,

@@ -8,15 +8,12 @@ from daemon.config import JoinOptions
 from daemon.doctor.finding import Finding, failed, not_run, passed, warned
 from daemon.doctor.listeners import find_listener, is_of
 from daemon.peering.address import (
-    LOOPBACK,
     PortInUse,
-    default_listen_host,
     is_loopback,
     listen_tcp,
-    parse_address,
 )
+from daemon.peering.listening import listen_host
 from hexmesh.errors import HexmeshError, InvalidInput
-from hexmesh.identity.tokens import parse_token
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +24,6 @@ class Port:
     flag: str
     host: str
     number: int
-
-
-def listen_host(options: JoinOptions) -> str:
-    """Where the daemon would listen for peers: as told, or beside a peer on loopback, or by the default route."""
-    if options.listen:
-        return options.listen
-    peer = options.peer or (parse_token(options.token).address if options.token else None)
-    if peer is not None and is_loopback(parse_address(peer).host):
-        return LOOPBACK
-    return default_listen_host()
 
 
 def check_listen_address(options: JoinOptions) -> Finding:

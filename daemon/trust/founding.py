@@ -20,11 +20,10 @@ from daemon.models.model_source import SHIPPED_NAME, ModelFolder, resolve_model
 from daemon.peering.address import (
     Address,
     bound_address,
-    default_listen_host,
-    is_loopback,
     listen_tcp,
     parse_address,
 )
+from daemon.peering.listening import listen_host
 from daemon.trust.admission import found_mesh
 from daemon.trust.attestor import Attestor
 from daemon.trust.joining import Joiner, join_mesh
@@ -82,7 +81,7 @@ async def become_member(options: JoinOptions) -> AsyncIterator[Member]:
     with StateFolder(options.state_dir) as state:
         known = await asyncio.to_thread(state.membership)
         _check_token(options, known)
-        with _listen(options) as listener:
+        with listen_tcp(listen_host(options), options.peer_port, flag="--peer-port") as listener:
             yield await _member(options, state, known, listener)
 
 
@@ -211,19 +210,6 @@ def _root_of(files: ModelFolder) -> str:
     return (
         str(Path(files.root).expanduser().resolve()) if Path(files.root).expanduser().is_dir() else files.root
     )
-
-
-def _listen(options: JoinOptions) -> socket.socket:
-    host = options.listen or _default_host(options)
-    return listen_tcp(host, options.peer_port, flag="--peer-port")
-
-
-def _default_host(options: JoinOptions) -> str:
-    """Loopback when the peer to join is there, else the address by which this host is reached."""
-    peer = options.peer or (parse_token(options.token).address if options.token else None)
-    if peer is not None and is_loopback(parse_address(peer).host):
-        return "127.0.0.1"
-    return default_listen_host()
 
 
 def _token(options: JoinOptions) -> JoinToken:

@@ -20,6 +20,7 @@ from types import TracebackType
 
 from aiohttp import hdrs, web
 
+from daemon.runfile import local_http_url
 from daemon.web.access import ARRIVED_S, REQUEST_ID, Access, Doorkeeper, Handler, HttpOptions, Route
 from daemon.web.admin import AdminRoutes
 from daemon.web.completer import Completer
@@ -85,8 +86,7 @@ class HttpSurface:
     @property
     def url(self) -> str:
         """A URL by which this machine reaches the surface."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._options.host, self._options.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return local_http_url(self._options.host, self.port)
 
     async def __aenter__(self) -> HttpSurface:
         """Raises NotReady when the port is taken and InvalidInput when the address is not this machine's."""

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from daemon.gateway import Flight
 from hexmesh.errors import InvalidInput, TimedOut
 from hexmesh.wire.data import Generated, SampledToken, StepResult
 from tests.unit.daemon.fake_mesh import VOCABULARY, FakeMesh, answer_to, fake_mesh
@@ -192,7 +193,8 @@ async def test_a_replay_does_not_draw_again_what_the_client_has() -> None:
         assert mesh.nodes["a"].driver().steps_run <= 22
 
 
-async def test_tokens_that_come_twice_reach_the_client_once() -> None:
+async def answer_with_forgery(forge: Callable[[Flight], Generated]) -> list[int]:
+    """An answer of 20 tokens; after the fifth its gateway gets a message that no driver sent just then."""
     async with fake_mesh("ab") as mesh:
         await mesh.commit("ab")
         gateway = mesh.nodes["b"].gateway
@@ -202,30 +204,23 @@ async def test_tokens_that_come_twice_reach_the_client_once() -> None:
                 got.append(token)
                 if len(got) == 5:
                     (flight,) = gateway.flights()
-                    again = [SampledToken(token_id=token_id) for token_id in flight.emitted]
-                    gateway.on_message(
-                        Generated(sequence=flight.key, attempt=flight.attempt, first=0, tokens=again)
-                    )
-    assert got == answer_to(PROMPT, 20)
+                    gateway.on_message(forge(flight))
+    return got
+
+
+async def test_tokens_that_come_twice_reach_the_client_once() -> None:
+    def all_again(flight: Flight) -> Generated:
+        again = [SampledToken(token_id=token_id) for token_id in flight.emitted]
+        return Generated(sequence=flight.key, attempt=flight.attempt, first=0, tokens=again)
+
+    assert await answer_with_forgery(all_again) == answer_to(PROMPT, 20)
 
 
 async def test_tokens_of_an_older_attempt_are_dropped() -> None:
-    async with fake_mesh("ab") as mesh:
-        await mesh.commit("ab")
-        gateway = mesh.nodes["b"].gateway
-        got = []
-        async with aclosing(mesh.stream("b", PROMPT, 20)) as stream:
-            async for token in stream:
-                got.append(token)
-                if len(got) == 5:
-                    (flight,) = gateway.flights()
-                    wrong = [SampledToken(token_id=1)]
-                    gateway.on_message(
-                        Generated(
-                            sequence=flight.key,
-                            attempt=flight.attempt - 1,
-                            first=len(flight.emitted),
-                            tokens=wrong,
-                        )
-                    )
-    assert got == answer_to(PROMPT, 20)
+    def a_wrong_one(flight: Flight) -> Generated:
+        wrong = [SampledToken(token_id=1)]
+        return Generated(
+            sequence=flight.key, attempt=flight.attempt - 1, first=len(flight.emitted), tokens=wrong
+        )
+
+    assert await answer_with_forgery(a_wrong_one) == answer_to(PROMPT, 20)
