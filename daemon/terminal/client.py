@@ -60,6 +60,8 @@ class Client:
                 raise TimedOut(f"{self.url} sent nothing for {TOKEN_TIMEOUT_S:.0f} s") from None
             except (OSError, http.client.HTTPException) as error:
                 raise Lost(f"the connection to {self.url} broke: {_reason(error)}") from None
+            if response.chunk_left == 0:  # torn between two chunks, which http.client takes for the end
+                raise Lost(f"the connection to {self.url} broke: the answer has no end")
 
     @contextmanager
     def _open(
