@@ -6,14 +6,12 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
-from daemon.models.model_source import SHIPPED_MODEL
 from daemon.terminal.client import Client
+from tools.soak.right_tokens import MIN_MARGIN, greedy, reference, token_ids
 
-MIN_MARGIN = 1e-3
-"""Between the two likeliest tokens' logits: GEMM rows differ in the last bits between batch sizes."""
+__all__ = ["Stream", "expected", "expected_logprobs", "reference", "token_ids"]
 
 
 @dataclass
@@ -45,43 +43,11 @@ class Stream:
         yield from (line for line in self.client.stream("/generate", body) if line.strip())
 
 
-@lru_cache
-def reference() -> tuple[Any, Any]:
-    """The shipped model and tokenizer in transformers, float32."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.set_num_threads(1)
-    model = AutoModelForCausalLM.from_pretrained(
-        SHIPPED_MODEL, dtype=torch.float32, attn_implementation="eager"
-    )
-    return model.eval(), AutoTokenizer.from_pretrained(SHIPPED_MODEL)
-
-
-def token_ids(text: str) -> list[int]:
-    return list(reference()[1](text)["input_ids"])
-
-
 def expected(prompt: list[int], n_tokens: int) -> list[int]:
     """What transformers generates greedily, end-of-text ignored; asserts that no step was a near tie."""
-    import torch
-
-    model, _ = reference()
-    with torch.inference_mode():
-        output = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=n_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-    best_two = torch.stack(output.logits)[:, 0].topk(2).values
-    margin = float((best_two[:, 0] - best_two[:, 1]).min())
-    assert margin > MIN_MARGIN, f"near tie of {margin} in the reference: choose another prompt"
-    return [int(token) for token in output.sequences[0, len(prompt) :]]
+    answer = greedy(prompt, n_tokens)
+    assert answer.margin > MIN_MARGIN, f"near tie of {answer.margin} in the reference: choose another prompt"
+    return list(answer.tokens)
 
 
 def expected_logprobs(prompt: list[int], n_tokens: int) -> list[float]:
