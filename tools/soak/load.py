@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ ALLOWED: tuple[Verdict, ...] = ("exact", "refused", "failed", "gateway died")
 """`refused` and `failed` come with a reason; the last two verdicts break a promise, and so does a late end."""
 PAUSE_S = 0.2
 """After a refusal, as a client with manners."""
+DYING_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +108,7 @@ def ask(daemon: LocalDaemon, question: Question, n_tokens: int) -> Outcome:
         verdict = "exact" if end else "ended without a word"
     except Lost as lost:
         said = lost.message
-        died = (
-            not daemon.is_running or lost.code == "no_daemon"
-        )  # a daemon's own process: a restart is another one
+        died = lost.code == "no_daemon" or ("error" not in end and _has_ended(daemon))
         verdict = "gateway died" if died else "failed" if "error" in end else "ended without a word"
     except HexmeshError as error:
         said = error.one_line()
@@ -125,3 +125,12 @@ def ask(daemon: LocalDaemon, question: Question, n_tokens: int) -> Outcome:
         took_s=times_s[-1] - times_s[0],
         longest_gap_s=max(after - before for before, after in pairwise(times_s)),
     )
+
+
+def _has_ended(daemon: LocalDaemon) -> bool:
+    """Whether its process is gone; the connection's end may be seen a moment before the process's."""
+    try:
+        daemon.process.wait(timeout=DYING_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
