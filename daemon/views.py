@@ -61,6 +61,9 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     predicted_tokens_per_s: float
     measured_tokens_per_s: float | None
     requests_running: int | None = None
+    predicted_batch: int | None = None
+    is_whole: bool = True
+    """Whether all its nodes answer and its driver runs it."""
 
 
 class FlowView(msgspec.Struct, frozen=True, kw_only=True, rename={"src": "from", "dst": "to"}):

@@ -111,6 +111,8 @@ class TopologyLines:
             facts.append(f"KV free {free:.0%}")
         if replica.requests_running is not None:
             facts.append(f"run {replica.requests_running}")
+        if not replica.is_whole:
+            facts.append("BROKEN")
         yield Text.assemble((f"PIPELINE {replica.id}", "bold"), f" {replica.role}  ", "  ".join(facts))
         yield from _wrapped(self.hops(replica), self.width)
 
@@ -140,10 +142,13 @@ class TopologyLines:
         return f"{line}{_link_facts(link, '/')}{head}"
 
     def flows(self) -> Iterator[Text]:
-        if self.view.flows:
+        """How requests are shared, where there is a choice, and which way KV goes from replica to replica."""
+        flows = self.view.flows
+        if len(flows) > 1 or any(flow.src != flow.dst for flow in flows):
             yield Text()
-        for flow in self.view.flows:
-            yield Text(f"  KV {flow.src} {self.glyphs.arrow} {flow.dst}  {flow.share:.0%} of requests")
+            for flow in flows:
+                to = "" if flow.src == flow.dst else f" {self.glyphs.arrow} {flow.dst}"
+                yield Text(f"  {'KV ' if to else ''}{flow.src}{to}  {flow.share:.0%} of requests")
 
     def site(self, site: str) -> Iterator[Text]:
         yield Text.assemble(("SITE ", "bold"), (site, "bold"))

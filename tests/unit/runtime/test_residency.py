@@ -41,6 +41,7 @@ def residency() -> Residency:
 def order(folder: Path, stage: str, start: int, stop: int, budget_bytes: int = 2**30) -> LoadStage:
     return LoadStage(
         stage=stage,
+        pool=stage,
         model_dir=str(folder),
         model_id="tiny",
         start=start,
