@@ -98,7 +98,7 @@ class MeshState:
         """Whether a request entering here can be routed end to end now, else why not."""
         if self.is_leaving:
             return _not_ready("leaving", "this node is leaving the mesh", "use another peer")
-        if self._has_whole_replica():
+        if self._whole_replicas():
             return Readiness(ready=True, blocker=None)
         blocked = self.coordination.blocked
         if blocked is not None:
@@ -107,12 +107,13 @@ class MeshState:
             return _not_ready("starting", self.starting, "wait: hexmesh wait --ready")
         return self._unplanned()
 
-    def _has_whole_replica(self) -> bool:
+    def _whole_replicas(self) -> set[str]:
+        """Replicas whose nodes all answer, and which their drivers run."""
         held = self.epochs.committed
         if held is None:
-            return False
+            return set()
         whole = {replica.id for replica in whole_replicas(held.plan, self.lost_nodes())}
-        return bool(whole - self._broken(held))
+        return whole - self._broken(held)
 
     def _broken(self, held: HeldEpoch) -> set[str]:
         """Replicas that run nothing any more, as their drivers say."""
@@ -173,6 +174,8 @@ class MeshState:
             requests_running=running,
             requests_waiting=waiting,
             kv_blocks=KvBlocksView(free=free, used=total - free, cached=0, leased=0),
+            replicas=len(plan.replicas) if (plan := self.plan_now()) is not None else 0,
+            replicas_whole=len(self._whole_replicas()),
         )
 
     def members(self) -> list[MemberView]:
@@ -347,10 +350,11 @@ class MeshState:
         )
 
     def _replica_views(self) -> list[ReplicaView]:
-        plan = self.plan_now()
-        return [self._replica_view(replica) for replica in plan.replicas] if plan is not None else []
+        plan, whole = self.plan_now(), self._whole_replicas()
+        replicas = plan.replicas if plan is not None else ()
+        return [self._replica_view(replica, is_whole=replica.id in whole) for replica in replicas]
 
-    def _replica_view(self, replica: Replica) -> ReplicaView:
+    def _replica_view(self, replica: Replica, *, is_whole: bool) -> ReplicaView:
         stats = self._stats_of(replica.id)
         n_used = stats.kv_blocks_total - stats.kv_blocks_free if stats is not None else None
         return ReplicaView(
@@ -361,9 +365,7 @@ class MeshState:
             predicted_batch=replica.predicted_batch,
             measured_tokens_per_s=stats.tokens_per_s if stats is not None else None,
             requests_running=stats.requests_running if stats is not None else None,
-            is_whole=not (
-                broken_stages(replica, self.lost_nodes()) or (stats is not None and stats.is_broken)
-            ),
+            is_whole=is_whole,
         )
 
     def _bottleneck(self) -> BottleneckView | None:
@@ -400,7 +402,7 @@ class MeshState:
 
     def _plan_devices(self, plan: Plan | None) -> list[PlanDeviceView]:
         stages = {
-            (stage.node, device): stage
+            (stage.node, device): (replica.id, stage)
             for replica in (plan.replicas if plan is not None else ())
             for stage in replica.stages
             for device in stage.devices
@@ -415,10 +417,11 @@ class MeshState:
                 needed_bytes=stage.needed_bytes if stage is not None else 0,
                 room_bytes=facts.device.budget_bytes,
                 reason=reasons.get((record.node, facts.device.index), ""),
+                replica=replica_id,
             )
             for record in self.directory.records()
             for facts in record.devices
-            for stage in [stages.get((record.node, facts.device.index))]
+            for replica_id, stage in [stages.get((record.node, facts.device.index), (None, None))]
         ]
 
 

@@ -104,15 +104,14 @@ class TopologyLines:
         yield Text.assemble(("plan ", "dim"), view.plan_id, age, reason)
 
     def replica(self, replica: ReplicaView) -> Iterator[Text]:
-        facts = [f"predicted {_tokens_per_s(replica.predicted_tokens_per_s)}"]
+        facts = [] if replica.is_whole else ["BROKEN"]
+        facts += [f"predicted {_tokens_per_s(replica.predicted_tokens_per_s)}"]
         if replica.measured_tokens_per_s is not None:
             facts.append(f"measured {_tokens_per_s(replica.measured_tokens_per_s)}")
         if (free := kv_free_share(replica)) is not None:
             facts.append(f"KV free {free:.0%}")
         if replica.requests_running is not None:
             facts.append(f"run {replica.requests_running}")
-        if not replica.is_whole:
-            facts.append("BROKEN")
         yield Text.assemble((f"PIPELINE {replica.id}", "bold"), f" {replica.role}  ", "  ".join(facts))
         yield from _wrapped(self.hops(replica), self.width)
 
