@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -86,7 +85,7 @@ def test_nodes_that_each_hold_the_model_are_all_used(three: LocalMesh) -> None:
     with ThreadPoolExecutor(SEVERAL) as pool:
         asked = ask_several(pool, gateway, N_TOKENS)
         running = await_running(three, gateway, 1)
-        assert Counter(request["replica"] for request in running) == {"r0": 2, "r1": 2, "r2": 2}
+        assert {request["replica"] for request in running} == {"r0", "r1", "r2"}
         assert [one.result(timeout=120) for one in asked] == [wanted] * SEVERAL
     topology = gateway.get("/admin/topology")
     assert sum(flow["share"] for flow in topology["flows"]) == pytest.approx(1.0)
@@ -111,14 +110,16 @@ def test_nodes_that_each_hold_the_model_are_all_used(three: LocalMesh) -> None:
 
     # One of them goes: never unready, and its requests end on the others.
     victim = three.daemons[1]
+    lost = [name for name, nodes in replicas(gateway).items() if nodes == [victim.node_id]]
     with ThreadPoolExecutor(SEVERAL) as pool:
         asked = ask_several(pool, gateway, N_TOKENS)
-        await_running(three, gateway, 5)
+        running = await_running(three, gateway, 5)
+        n_lost = sum(lost == [request["replica"]] for request in running)
         victim.kill_group()
         while not all(one.done() for one in asked):
             assert gateway.client.get_json("/ready", also_ok=(503,))["ready"] is True
         assert [one.result() for one in asked] == [wanted] * SEVERAL
-    assert n_recovered(gateway) == 2
+    assert n_recovered(gateway) == n_lost > 0
 
 
 def test_a_replica_goes_on_in_place_when_another_loses_a_host(four: LocalMesh) -> None:
@@ -131,7 +132,7 @@ def test_a_replica_goes_on_in_place_when_another_loses_a_host(four: LocalMesh) -
         asked = ask_several(pool, gateway, N_TOKENS)
         running = await_running(four, gateway, 5)
         in_r0 = {request["id"] for request in running if request["replica"] == "r0"}
-        assert 2 <= len(in_r0) <= 4
+        assert 0 < len(in_r0) < SEVERAL
         victim.kill_group()
         plan_id = gateway.get("/admin/topology")["plan_id"]
         four.await_value(
