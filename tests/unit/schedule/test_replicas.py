@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -38,6 +38,7 @@ class Mesh:
     memory: dict[str, int]
     speed: dict[str, float]
     boots: dict[str, int]
+    unlinked: set[frozenset[str]] = field(default_factory=set)
 
     def cluster(self) -> Cluster:
         nodes = tuple(
@@ -61,6 +62,7 @@ class Mesh:
         links = tuple(
             Link(src=src, dst=dst, rtt_p50_s=1e-3, rtt_p95_s=1e-3, bytes_per_s=1e8, lower_bound=False)
             for src, dst in itertools.permutations(self.memory, 2)
+            if frozenset((src, dst)) not in self.unlinked
         )
         return Cluster(nodes=nodes, links=links)
 
@@ -222,3 +224,20 @@ def test_a_pipeline_gives_way_to_replicas_when_memory_comes() -> None:
     assert nodes_of(before) == {"r0": "ab"}
     nodes.memory.update(a=WHOLE, b=WHOLE)
     assert sorted(nodes_of(nodes.plan(current=before)).values()) == ["a", "b"]
+
+
+def test_two_replicas_are_better_than_one_that_is_as_fast() -> None:
+    """Two slow nodes join, each linked with one of the others: the pair may part to make two replicas."""
+    nodes = mesh(a=HALF, b=HALF)
+    before = nodes.plan()
+    nodes.memory.update(c=HALF, d=HALF)
+    nodes.unlinked = {frozenset("cd"), frozenset("ad"), frozenset("bc")}
+    nodes.speed.update(c=0.225, d=0.225)
+    after = nodes.plan(current=before)
+    assert nodes_of(after) == {"r0": "ac", "r1": "bd"}
+    gain = (
+        sum(one.predicted_tokens_per_s for one in after.replicas) / before.replicas[0].predicted_tokens_per_s
+    )
+    assert 0.99 <= gain < 1.05
+    nodes.speed.update(c=0.1, d=0.1)
+    assert nodes_of(nodes.plan(current=before)) == {"r0": "ab"}
