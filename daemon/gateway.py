@@ -138,6 +138,8 @@ class Gateway:
     async def _open(self, flight: Flight) -> None:
         """Start the next attempt on a replica that is whole, waiting for one if need be."""
         if flight.attempt:
+            self._cancel_at_driver(flight)  # the next attempt may be another driver's
+            flight.route = None
             await self._pause(flight)
         route = await self._await_route(flight)
         flight.attempt += 1
