@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from daemon.models.model_source import resolve_model
-from daemon.terminal.demo_memory import memory_for_exactly
+from daemon.terminal.demo_memory import least_memory_bytes
 from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
 from hexmesh.model_spec import model_spec_from_config
 from tests.e2e.asking import Stream, expected, token_ids
@@ -35,9 +35,10 @@ def three(tmp_path: Path) -> Iterator[LocalMesh]:
 
 @pytest.fixture
 def four(tmp_path: Path) -> Iterator[LocalMesh]:
-    """Four nodes of which any two hold the model."""
+    """Four nodes that hold almost the whole model each: any two make a replica with room for long sequences."""
     spec = model_spec_from_config(resolve_model().config)
-    flags = (*FLAGS, "--min-nodes", "4", "--memory", str(memory_for_exactly(spec, 2)))
+    memory = least_memory_bytes(spec, 1) * 97 // 100
+    flags = (*FLAGS, "--min-nodes", "4", "--memory", str(memory))
     with LocalMesh(tmp_path / "mesh") as mesh:
         mesh.found("one", *flags)
         for name in ("two", "three", "four"):

@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from daemon.models.model_source import resolve_model
-from daemon.terminal.demo_memory import memory_for_exactly
+from daemon.terminal.demo_memory import least_memory_bytes, memory_for_exactly
 from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
 from hexmesh.model_spec import model_spec_from_config
 from tools.bench.report import Report, bench_arguments, print_report, progress
@@ -66,13 +66,15 @@ def run_case(
 ) -> tuple[float, bool, float | None]:
     """One mesh, one kill: the stall, whether the tokens were right, and when another coordinator led."""
     spec = model_spec_from_config(resolve_model().config)
+    # Just too little for one node, so that two pairs are better than one pipeline over more; or half way.
+    memory_bytes = least_memory_bytes(spec, 1) * 97 // 100 if n_nodes > 3 else memory_for_exactly(spec, 2)
     flags = [
         "--device",
         "cpu",
         "--threads",
         "1",
         "--memory",
-        str(memory_for_exactly(spec, 2)),
+        str(memory_bytes),
         "--min-nodes",
         str(n_nodes),
     ]
