@@ -435,13 +435,14 @@ def _is_linked(layout: _Layout, at: int) -> bool:
 
 
 def _kept_note(best: _Layout, kept: _Layout, present: Sequence[_Present]) -> str:
-    if all(_Present(cut.order, cut.bounds).is_in(best.cuts) for cut in kept.cuts) and _n(kept) == _n(best):
-        return "the layout is as before" if all(one.is_in(kept.cuts) for one in present) else "little moves"
-    n_moved = sum(not one.is_in(kept.cuts) for one in present)
+    n_stay = sum(one.is_in(kept.cuts) for one in present)
+    is_as_before = n_stay == len(present) == _n(kept)
+    if _n(kept) == _n(best) and all(_Present(cut.order, cut.bounds).is_in(best.cuts) for cut in kept.cuts):
+        return "the layout is as before" if is_as_before else f"{n_stay} of the replicas stay where they are"
+    what = "kept the present layout" if is_as_before else f"kept {n_stay} of the replicas where they are"
     return (
-        f"kept the present layout{' but for one replica' if n_moved else ''}: another would give "
-        f"{_show(best.rate)} instead of {_show(kept.rate)} tokens/s, less than "
-        f"{round((KEEP_GAIN - 1) * 100)} % more"
+        f"{what}: another layout would give {_show(best.rate)} instead of {_show(kept.rate)} tokens/s, less "
+        f"than {round((KEEP_GAIN - 1) * 100)} % more"
     )
 
 

@@ -171,6 +171,8 @@ def test_a_node_that_joins_gets_its_own_replica_and_moves_nothing() -> None:
     nodes.speed["a"] = 1.04
     after = nodes.plan(current=before)
     assert nodes_of(after) == {**nodes_of(before), "r2": "a"}
+    assert after.explanation[-1] == "2 of the replicas stay where they are"
+    assert nodes.plan(current=after).explanation[-1] == "the layout is as before"
     assert [places(replica(after, name)) for name in ("r0", "r1")] == [places(one) for one in before.replicas]
 
 
@@ -213,7 +215,7 @@ def test_replicas_are_kept_unless_others_are_clearly_better() -> None:
     assert [places(one) for one in nodes.plan().replicas] != [places(one) for one in before.replicas]
     kept = nodes.plan(current=before)
     assert [places(one) for one in kept.replicas] == [places(one) for one in before.replicas]
-    assert "kept the present layout: another would give" in kept.explanation[-1]
+    assert "kept the present layout: another layout would give" in kept.explanation[-1]
     nodes.speed.update({one: 20.0, other: 20.0})
     assert set(nodes_of(nodes.plan(current=before)).values()) != set(nodes_of(before).values())
 
