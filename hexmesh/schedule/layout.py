@@ -414,7 +414,8 @@ def _unused(problem: _Problem, layout: _Layout, hosts: Mapping[str, int]) -> tup
 def _why_not_needed(layout: _Layout, at: int) -> str:
     rate = layout.rate
     rate_with, n_stages = layout.search.rate_with.get(at, (layout.search.best_rate, 0))
-    if layout.possible.rate_with.get(at, (0.0, 0))[0] > max(rate, rate_with):
+    possible, _ = layout.possible.rate_with.get(at, (layout.possible.best_rate, 0))
+    if layout.search is not layout.possible and possible > max(rate, rate_with):
         return f"too little memory for sequences of {layout.floor_tokens} tokens, as every replica holds"
     if rate_with <= 0.0:
         return (
