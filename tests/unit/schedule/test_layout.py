@@ -142,7 +142,7 @@ def _cycle_s(
 
 
 def _best_rates(
-    cluster: Cluster, spec: ModelSpec, workload: Workload, max_model_tokens: int
+    cluster: Cluster, spec: ModelSpec, workload: Workload, max_model_tokens: int, floor_tokens: int
 ) -> dict[frozenset[tuple[str, int]], float]:
     """The best decode rate over all devices of each set: of all orders, cuts and batch levels."""
     costs = _costs(spec, workload, max_model_tokens)
@@ -159,7 +159,7 @@ def _best_rates(
                     for (_, device), start, stop in zip(order, bounds, bounds[1:], strict=False)
                 )
                 for batch in batches:
-                    if room < max(costs.blocks_of(max_model_tokens), batch * costs.blocks_of(context)):
+                    if room < max(costs.blocks_of(floor_tokens), batch * costs.blocks_of(context)):
                         break
                     cycle_s = _cycle_s(cluster, costs, order, bounds, batch, context)
                     if cycle_s is None:
@@ -219,7 +219,7 @@ def _random_case(seed: int) -> tuple[Cluster, ModelSpec, Workload]:
 def test_the_sum_of_rates_equals_brute_force(first_seed: int) -> None:
     for seed in range(first_seed, first_seed + 20):
         cluster, spec, workload = _random_case(seed)
-        rates = _best_rates(cluster, spec, workload, 96)
+        rates = _best_rates(cluster, spec, workload, 96, 96)
         result = _lay_out(cluster, spec, workload, max_model_tokens=96, tolerance=0.0)
         if not rates:
             assert isinstance(result, NoFit), f"seed {seed}"
@@ -230,6 +230,25 @@ def test_the_sum_of_rates_equals_brute_force(first_seed: int) -> None:
         near = _plan(_lay_out(cluster, spec, workload, max_model_tokens=96))
         assert _total(near) >= 0.99 * best * (1 - 1e-9), f"seed {seed}"
         assert len(near.replicas) >= len(plan.replicas), f"seed {seed}"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_sequences_are_as_long_as_costs_a_fifth_at_most(seed: int) -> None:
+    cluster, spec, workload = _random_case(seed)
+    must = workload.prompt_tokens + workload.output_tokens
+    sums = {
+        floor: _best_sum(_best_rates(cluster, spec, workload, 1024, floor))
+        for floor in {must, *(1024 >> halvings for halvings in range(4))}
+        if floor >= must
+    }
+    result = _lay_out(cluster, spec, workload, max_model_tokens=1024, tolerance=0.0)
+    if not sums[must]:
+        assert isinstance(result, NoFit)
+        return
+    longest = max(floor for floor, rate in sums.items() if rate >= 0.8 * sums[must])
+    plan = _plan(result)
+    assert _total(plan) == pytest.approx(sums[longest], rel=1e-9)
+    assert all(replica.kv_blocks * BLOCK_TOKENS >= longest for replica in plan.replicas)
 
 
 def test_the_cases_are_not_all_easy() -> None:
