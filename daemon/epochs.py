@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -18,8 +19,9 @@ from daemon.courier import Courier
 from daemon.pipeline import ReplicaDriver, StepTrace
 from daemon.stages import StageHost
 from hexmesh.errors import HexmeshError
-from hexmesh.plan import Plan, decode_plan, digest_of
+from hexmesh.plan import Plan, Replica, decode_plan, digest_of
 from hexmesh.serving.batcher import BatchLimits
+from hexmesh.serving.blocks import BlockPool
 from hexmesh.wire.control import Cert, Epoch
 from hexmesh.wire.data import ReplicaStats
 
@@ -36,8 +38,8 @@ class HeldEpoch:
     committed_s: float | None = None
     drivers: dict[str, ReplicaDriver] = field(default_factory=dict)
     loading: asyncio.Task[None] | None = None
-    needs_room: bool = False
-    """A KV pool here can only be had once the epoch before is gone."""
+    waiting_devices: frozenset[int] = frozenset()
+    """Where a KV pool can only be had once the stages of the epoch before are gone."""
     idle_replicas: set[str] = field(default_factory=set)
     """While draining: replicas in which nothing runs any more, as their drivers say."""
 
@@ -100,8 +102,8 @@ class Epochs:
             for driver in self.draining.drivers.values():
                 driver.drain()
         self._start_drivers(self.committed, cert)
-        if self.draining is not None and self.committed.needs_room:
-            self._on_drained(self.draining.epoch)
+        if self.draining is not None:
+            self._make_room(self.draining, self.committed.waiting_devices)
         self.check_drained()
 
     def release(self, epoch: Epoch, reason: str) -> None:
@@ -109,11 +111,11 @@ class Epochs:
         held = self._held.pop(epoch, None)
         if held is None:
             return
+        if self.draining is held:
+            self.draining = None
         for driver in held.drivers.values():
             driver.close(reason)
         self._stages.drop(epoch)
-        if self.draining is held:
-            self.draining = None
 
     def check_drained(self) -> None:
         """Tell when nothing runs in the draining epoch any more, here or on its other hosts."""
@@ -127,7 +129,9 @@ class Epochs:
             self._on_drained(self.draining.epoch)
 
     def on_stats(self, stats: ReplicaStats) -> None:
-        """A driver elsewhere says what runs in its replica."""
+        """A driver says what runs in its replica."""
+        if stats.is_broken:
+            self._stages.replica_broke(stats.epoch, stats.replica)
         is_idle = stats.requests_running + stats.requests_waiting == 0
         if self.draining is not None and stats.epoch == self.draining.epoch and is_idle:
             self.draining.idle_replicas.add(stats.replica)
@@ -160,7 +164,7 @@ class Epochs:
 
     async def _load(self, held: HeldEpoch) -> None:
         try:
-            held.needs_room = await self._stages.prepare(held.epoch, held.plan)
+            held.waiting_devices = await self._stages.prepare(held.epoch, held.plan)
         except* HexmeshError as failures:
             reason = "; ".join(str(failure) for failure in failures.exceptions)
             log.warning("stage not loaded epoch=%d reason=%s", held.epoch.n, reason)
@@ -169,11 +173,32 @@ class Epochs:
         else:
             self._on_loaded(held.epoch)
 
+    def _make_room(self, draining: HeldEpoch, devices: frozenset[int]) -> None:
+        """End what the draining epoch runs on some devices; its other replicas drain on."""
+        for replica_id in self._stages.drop_on(draining.epoch, devices):
+            if replica_id in draining.drivers:
+                draining.drivers[replica_id].close("the plan changed")
+
     def _tell_idle(self, driver: ReplicaDriver) -> None:
-        stats = driver.stats(time.monotonic())
         assert self.draining is not None
-        for node in self.draining.plan.hosts.keys() - {self._courier.node_id}:
+        self._tell(self.draining, driver.stats(time.monotonic()))
+
+    def _tell_closed(self, held: HeldEpoch, stats: ReplicaStats) -> None:
+        if held is self.committed:
+            self._tell(held, stats)
+
+    def _tell(self, held: HeldEpoch, stats: ReplicaStats) -> None:
+        for node in held.plan.hosts:
             self._courier.send(node, stats)
+
+    def _pool_for(self, held: HeldEpoch, replica: Replica) -> BlockPool:
+        """The pool of the same replica in the epoch before, whose stages share their KV memory too."""
+        placement = held.plan.placement_of(replica)
+        if self.draining is not None:
+            for driver in self.draining.drivers.values():
+                if driver.broken is None and self.draining.plan.placement_of(driver.replica) == placement:
+                    return driver.pool
+        return BlockPool(replica.kv_blocks, replica.block_tokens)
 
     def _start_drivers(self, held: HeldEpoch, cert: Cert) -> None:
         for replica in held.plan.replicas:
@@ -184,11 +209,13 @@ class Epochs:
                 cert=cert,
                 replica=replica,
                 courier=self._courier,
+                pool=self._pool_for(held, replica),
                 limits=self._limits,
                 vocab_size=self._vocab_size,
                 on_broken=self._on_broken,
                 on_step=self._on_step,
                 on_idle=self.check_drained,
+                on_closed=partial(self._tell_closed, held),
             )
             held.drivers[replica.id] = driver
             self._group.create_task(driver.run(), name=f"drive-{replica.id}-{held.epoch.n}")

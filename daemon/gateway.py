@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Set
 from dataclasses import dataclass, field
 
 from daemon.courier import Courier
@@ -53,6 +53,8 @@ class Flight:
     is_cancelled: bool = False
     emitted: list[int] = field(default_factory=list)
     route: Route | None = None
+    failed: set[tuple[Epoch, str]] = field(default_factory=set)
+    """Replicas that an attempt failed on: others come first."""
     inbox: asyncio.Queue[Generated | GenerateFailed] = field(default_factory=asyncio.Queue)
 
 
@@ -63,11 +65,12 @@ class Gateway:
         self,
         *,
         courier: Courier,
-        route: Callable[[], Route | None],
+        route: Callable[[Set[tuple[Epoch, str]]], Route | None],
         blocker: Callable[[], HexmeshError],
         on_recovered: Callable[[], None],
     ) -> None:
         self._courier = courier
+        """`route` gives where a request goes now; rather not to replicas of the set it is given."""
         self._route = route
         self._blocker = blocker
         self._on_recovered = on_recovered
@@ -135,6 +138,8 @@ class Gateway:
     async def _open(self, flight: Flight) -> None:
         """Start the next attempt on a replica that is whole, waiting for one if need be."""
         if flight.attempt:
+            self._cancel_at_driver(flight)  # the next attempt may be another driver's
+            flight.route = None
             await self._pause(flight)
         route = await self._await_route(flight)
         flight.attempt += 1
@@ -164,7 +169,7 @@ class Gateway:
                 await changed.wait()
 
     async def _await_route(self, flight: Flight) -> Route:
-        while (route := self._route()) is None:
+        while (route := self._route(flight.failed)) is None:
             if flight.attempt == 0:
                 raise self._blocker()
             changed = self._routes_changed
@@ -223,6 +228,8 @@ class Gateway:
         return GenerationPart(tokens=new, finish_reason=message.finish_reason)
 
     def _note_retry(self, flight: Flight, failed: GenerateFailed) -> None:
+        assert flight.route is not None
+        flight.failed.add((flight.route.epoch, flight.route.replica))
         if not failed.busy:
             self._on_recovered()
             log.info(

@@ -259,7 +259,7 @@ class Node:
         self._coordination.attach(self._epochs)
         self._gateway = Gateway(
             courier=self,
-            route=lambda: self._state.route(),
+            route=lambda avoid: self._state.route(avoid),
             blocker=lambda: blocker_error(self._state.readiness()),
             on_recovered=lambda: self._telemetry.count_recovery("replay"),
         )
@@ -277,6 +277,7 @@ class Node:
             links=self._links,
             stats=stats,
             loop_time=self._loop.time,
+            rng=self._rng,
             starting="this node starts its workers and measures its devices",
         )
         self._dispatcher = Dispatcher(

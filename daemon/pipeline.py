@@ -42,6 +42,9 @@ MAX_RESENDS = 10
 RESEND_PAUSE_S = 0.1
 """Rows name their positions and blocks, so a step that got lost is simply sent again, for about a second."""
 
+FULL_POOL_PAUSE_S = 0.02
+"""Between looks at a pool whose blocks the same replica of the plan before still has."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepTrace:
@@ -62,11 +65,13 @@ class ReplicaDriver:
         cert: Cert,
         replica: Replica,
         courier: Courier,
+        pool: BlockPool,
         limits: BatchLimits,
         vocab_size: int,
         on_broken: Callable[[Epoch, str], None],
         on_step: Callable[[StepTrace], None],
         on_idle: Callable[[], None],
+        on_closed: Callable[[ReplicaStats], None],
     ) -> None:
         self.epoch = epoch
         self.replica = replica
@@ -79,7 +84,9 @@ class ReplicaDriver:
         self._on_broken = on_broken
         self._on_step = on_step
         self._on_idle = on_idle
-        self._batcher = Batcher(BlockPool(replica.kv_blocks, replica.block_tokens), limits)
+        self._on_closed = on_closed
+        self.pool = pool
+        self._batcher = Batcher(pool, limits)
         self._gateways: dict[str, str] = {}
         self._answer: asyncio.Future[StepResult | str] | None = None
         self._work = asyncio.Event()
@@ -162,21 +169,25 @@ class ReplicaDriver:
             return
         self.broken = reason
         log.info("replica closed replica=%s epoch=%d reason=%s", self.replica.id, self.epoch.n, reason)
+        self._on_closed(self.stats(time.monotonic()))
         for sequence in self._batcher.abandon():
             self._hand_back(sequence, reason)
         self._lose_step(reason)
         self._work.set()
+        self._on_idle()
 
     async def run(self) -> None:
         """Step until closed."""
         while self.broken is None:
             await self._work.wait()
             rows = self._batcher.next_step() if self.broken is None else []
-            if not rows:
+            if not rows and self._batcher.has_work:
+                await asyncio.sleep(FULL_POOL_PAUSE_S)
+            elif not rows:
                 self._work.clear()
                 self._on_idle()
-                continue
-            await self._step(rows)
+            else:
+                await self._step(rows)
 
     def stats(self, now_s: float) -> ReplicaStats:
         """What this replica does just now."""
@@ -186,13 +197,14 @@ class ReplicaDriver:
             epoch=self.epoch,
             requests_running=len(self._batcher.running),
             requests_waiting=len(self._batcher.waiting),
-            kv_blocks_total=self._batcher.pool.n_blocks,
-            kv_blocks_free=self._batcher.pool.n_free,
+            kv_blocks_total=self.pool.n_blocks,
+            kv_blocks_free=self.pool.n_free,
             tokens_per_s=sum(n for _, n in self._emitted) / window,
             stage_busy=[
                 min(1.0, sum(seconds[index] for _, seconds in self._stage_seconds) / window)
                 for index in range(len(self.replica.stages))
             ],
+            is_broken=self.broken is not None,
         )
 
     async def _step(self, rows: list[ScheduledRow]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from hexmesh.ids import short
 from hexmesh.membership.outputs import PlanEnvelope, PlanWanted
 from hexmesh.membership.records import Directory
 from hexmesh.model_spec import ModelSpec
-from hexmesh.plan import DtypeName, Plan, digest_of, encode_plan
+from hexmesh.plan import DtypeName, Plan, Replica, digest_of, encode_plan
 from hexmesh.schedule.check import check_plan
 from hexmesh.schedule.layout import lay_out
 from hexmesh.schedule.misfit import NoFit
@@ -83,7 +84,7 @@ class MeshPlanner:
         faults = check_plan(answer, cluster, self._model.spec)
         assert not faults, faults
         data = encode_plan(answer)
-        load_s = max(stage.needed_bytes for stage in answer.replicas[0].stages) / LOAD_BYTES_PER_S
+        load_s = _most_loaded_bytes(answer) / LOAD_BYTES_PER_S
         return PlanEnvelope(plan=data, digest=digest_of(data), hosts=wanted.hosts, load_estimate_s=load_s)
 
     def _with_names(self, reason: str) -> str:
@@ -145,10 +146,22 @@ def _notice(answer: NoFit) -> PlanBlocked:
     )
 
 
+def _most_loaded_bytes(plan: Plan) -> int:
+    """What the host with the most to load has to load."""
+    loads: Counter[str] = Counter()
+    for replica in plan.replicas:
+        for stage in replica.stages:
+            loads[stage.node] += stage.needed_bytes
+    return max(loads.values())
+
+
 def _summary(plan: Plan, cluster: Cluster) -> str:
+    return "; ".join(f"{replica.id}: {_pipeline(replica, cluster)}" for replica in plan.replicas)
+
+
+def _pipeline(replica: Replica, cluster: Cluster) -> str:
     stages = " -> ".join(
         f"{cluster.node(stage.node).name}[{stage.start}-{stage.stop - 1}] {show_bytes(stage.needed_bytes)}"
-        for stage in plan.replicas[0].stages
+        for stage in replica.stages
     )
-    replica = plan.replicas[0]
-    return f"{stages}; {replica.predicted_tokens_per_s:.0f} tokens/s with {replica.predicted_batch} sequences"
+    return f"{stages}, {replica.predicted_tokens_per_s:.0f} tokens/s with {replica.predicted_batch} sequences"

@@ -82,8 +82,10 @@ class Reporter:
         state, telemetry = self._state, self._telemetry
         held = state.epochs.committed
         status = state.status()
-        telemetry.requests_running.set(status.requests_running)
-        telemetry.requests_waiting.set(status.requests_waiting)
+        driven = held.drivers.values() if held is not None else ()
+        stats = [driver.stats(time.monotonic()) for driver in driven]
+        telemetry.requests_running.set(sum(one.requests_running for one in stats))
+        telemetry.requests_waiting.set(sum(one.requests_waiting for one in stats))
         telemetry.plan_epoch.set(held.epoch.n if held is not None else 0)
         telemetry.coordinator_term.set(state.coordination.machine.term)
         telemetry.set_kv_blocks(status.kv_blocks)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from daemon.coordinator import CoordinationLoop
@@ -34,7 +36,8 @@ from hexmesh.ids import short
 from hexmesh.membership.members import MemberView as CoordinationMember
 from hexmesh.membership.records import Directory, NodeRecord
 from hexmesh.plan import Plan, Replica, Stage
-from hexmesh.serving.router import broken_stages, choose_replica
+from hexmesh.serving.router import broken_stages, choose_replica, whole_replicas
+from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import ReplicaStats
 from hexmesh.wire.notice import PlanBlocked
 
@@ -58,6 +61,7 @@ class MeshState:
     links: LinkMonitor
     stats: dict[str, ReplicaStats]
     loop_time: Callable[[], float]
+    rng: random.Random
     starting: str | None
     """What this node still does before it can take part; None once it does."""
     is_leaving: bool = False
@@ -72,12 +76,19 @@ class MeshState:
             return frozenset()
         return frozenset(node for node in plan.hosts if not _answers(members.get(node)))
 
-    def route(self) -> Route | None:
-        """Where a new request goes now; None when no replica is whole."""
+    def route(self, avoid: Set[tuple[Epoch, str]] = frozenset()) -> Route | None:
+        """Where a new request goes now, rather not to a replica to `avoid`; None when no replica is whole."""
         held = self.epochs.committed
         if held is None or self.is_leaving:
             return None
-        replica = choose_replica(held.plan, self.stats, self.lost_nodes())
+        replica = choose_replica(
+            held.plan,
+            n_requests=self._requests_by_replica(held),
+            lost_nodes=self.lost_nodes(),
+            avoid=self._broken(held) | {replica for epoch, replica in avoid if epoch == held.epoch},
+            here=self.node_id,
+            rng=self.rng,
+        )
         if replica is None:
             return None
         nodes = frozenset(stage.node for stage in replica.stages)
@@ -87,7 +98,7 @@ class MeshState:
         """Whether a request entering here can be routed end to end now, else why not."""
         if self.is_leaving:
             return _not_ready("leaving", "this node is leaving the mesh", "use another peer")
-        if self.route() is not None:
+        if self._whole_replicas():
             return Readiness(ready=True, blocker=None)
         blocked = self.coordination.blocked
         if blocked is not None:
@@ -95,6 +106,30 @@ class MeshState:
         if self.starting is not None:
             return _not_ready("starting", self.starting, "wait: hexmesh wait --ready")
         return self._unplanned()
+
+    def _whole_replicas(self) -> set[str]:
+        """Replicas whose nodes all answer, and which their drivers run."""
+        held = self.epochs.committed
+        if held is None:
+            return set()
+        whole = {replica.id for replica in whole_replicas(held.plan, self.lost_nodes())}
+        return whole - self._broken(held)
+
+    def _broken(self, held: HeldEpoch) -> set[str]:
+        """Replicas that run nothing any more, as their drivers say."""
+        stats = (self._stats_of(replica.id) for replica in held.plan.replicas)
+        return {one.replica for one in stats if one is not None and one.is_broken}
+
+    def _requests_by_replica(self, held: HeldEpoch) -> dict[str, int]:
+        """As the drivers say, or as entered here and is not counted there yet."""
+        routes = (flight.route for flight in self.gateway.flights())
+        counts = Counter(route.replica for route in routes if route is not None and route.epoch == held.epoch)
+        for replica in held.plan.replicas:
+            stats = self._stats_of(replica.id)
+            if stats is not None:
+                n_known = stats.requests_running + stats.requests_waiting
+                counts[replica.id] = max(counts[replica.id], n_known)
+        return counts
 
     def _unplanned(self) -> Readiness:
         plan = self.plan_now()
@@ -139,6 +174,8 @@ class MeshState:
             requests_running=running,
             requests_waiting=waiting,
             kv_blocks=KvBlocksView(free=free, used=total - free, cached=0, leased=0),
+            replicas=len(plan.replicas) if (plan := self.plan_now()) is not None else 0,
+            replicas_whole=len(self._whole_replicas()),
         )
 
     def members(self) -> list[MemberView]:
@@ -210,7 +247,7 @@ class MeshState:
     def plan(self) -> PlanView:
         plan, held = self.plan_now(), self.epochs.committed
         blocked = self.coordination.blocked
-        best = plan.replicas[0] if plan is not None else None
+        replicas = plan.replicas if plan is not None else ()
         return PlanView(
             plan_id=self._plan_id(),
             epoch=held.epoch.n if held is not None else None,
@@ -219,8 +256,8 @@ class MeshState:
             dtype=plan.dtype if plan is not None else self.dtype,
             devices=self._plan_devices(plan),
             replicas=self._replica_views(),
-            predicted_tokens_per_s=best.predicted_tokens_per_s if best is not None else None,
-            predicted_batch=best.predicted_batch if best is not None else None,
+            predicted_tokens_per_s=sum(one.predicted_tokens_per_s for one in replicas) if replicas else None,
+            predicted_batch=sum(one.predicted_batch for one in replicas) if replicas else None,
             blocker=_blocker(blocked) if blocked is not None else None,
             explanation=list(plan.explanation) if plan is not None else [],
         )
@@ -313,10 +350,11 @@ class MeshState:
         )
 
     def _replica_views(self) -> list[ReplicaView]:
-        plan = self.plan_now()
-        return [self._replica_view(replica) for replica in plan.replicas] if plan is not None else []
+        plan, whole = self.plan_now(), self._whole_replicas()
+        replicas = plan.replicas if plan is not None else ()
+        return [self._replica_view(replica, is_whole=replica.id in whole) for replica in replicas]
 
-    def _replica_view(self, replica: Replica) -> ReplicaView:
+    def _replica_view(self, replica: Replica, *, is_whole: bool) -> ReplicaView:
         stats = self._stats_of(replica.id)
         n_used = stats.kv_blocks_total - stats.kv_blocks_free if stats is not None else None
         return ReplicaView(
@@ -324,23 +362,28 @@ class MeshState:
             role=replica.role,
             stages=[_stage_view(stage, n_used) for stage in replica.stages],
             predicted_tokens_per_s=replica.predicted_tokens_per_s,
+            predicted_batch=replica.predicted_batch,
             measured_tokens_per_s=stats.tokens_per_s if stats is not None else None,
             requests_running=stats.requests_running if stats is not None else None,
+            is_whole=is_whole,
         )
 
     def _bottleneck(self) -> BottleneckView | None:
-        """The busiest stage if anything ran lately, else the one predicted to be slowest."""
+        """The busiest stage of all replicas if anything ran lately, else the one predicted to be slowest."""
         plan = self.plan_now()
         if plan is None:
             return None
-        replica = plan.replicas[0]
+        stages = [(replica, index) for replica in plan.replicas for index in range(len(replica.stages))]
+        busy = {at: self._busy_share(*at) for at in stages}
+        busiest = max(stages, key=busy.__getitem__)
+        if busy[busiest] > 0:
+            return _bottleneck_view(*busiest, busy[busiest])
+        slowest = max(stages, key=lambda at: at[0].stages[at[1]].predicted_step_s)
+        return _bottleneck_view(*slowest, None)
+
+    def _busy_share(self, replica: Replica, index: int) -> float:
         stats = self._stats_of(replica.id)
-        busy = stats.stage_busy if stats is not None else []
-        if len(busy) == len(replica.stages) and max(busy) > 0:
-            index = max(range(len(busy)), key=busy.__getitem__)
-            return _bottleneck_view(replica, index, busy[index])
-        slowest = max(range(len(replica.stages)), key=lambda at: replica.stages[at].predicted_step_s)
-        return _bottleneck_view(replica, slowest, None)
+        return stats.stage_busy[index] if stats is not None and index < len(stats.stage_busy) else 0.0
 
     def _unused(self) -> list[UnusedView]:
         plan = self.plan_now()
@@ -359,7 +402,7 @@ class MeshState:
 
     def _plan_devices(self, plan: Plan | None) -> list[PlanDeviceView]:
         stages = {
-            (stage.node, device): stage
+            (stage.node, device): (replica.id, stage)
             for replica in (plan.replicas if plan is not None else ())
             for stage in replica.stages
             for device in stage.devices
@@ -374,10 +417,11 @@ class MeshState:
                 needed_bytes=stage.needed_bytes if stage is not None else 0,
                 room_bytes=facts.device.budget_bytes,
                 reason=reasons.get((record.node, facts.device.index), ""),
+                replica=replica_id,
             )
             for record in self.directory.records()
             for facts in record.devices
-            for stage in [stages.get((record.node, facts.device.index))]
+            for replica_id, stage in [stages.get((record.node, facts.device.index), (None, None))]
         ]
 
 

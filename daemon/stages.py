@@ -10,7 +10,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass
 
 import msgspec
@@ -44,6 +44,9 @@ class HeldStage:
     """A stage that is loaded on one device here."""
 
     name: str
+    pool: str
+    """Its KV memory's name in the worker; the same for a replica that stays as it is in the next plan."""
+    placement: tuple[object, ...]
     replica: Replica
     index: int
     worker: Worker
@@ -75,24 +78,44 @@ class StageHost:
         self._admit = admit
         self._on_broken = on_broken
         self._held: dict[StageKey, HeldStage] = {}
+        self._broken: set[tuple[Epoch, str]] = set()
         self.last_step_s = -math.inf
         """When a step was taken in last, on the monotonic clock."""
 
-    async def prepare(self, epoch: Epoch, plan: Plan) -> bool:
-        """Load every stage that the plan gives this node; whether a KV pool waits for older stages to go.
+    async def prepare(self, epoch: Epoch, plan: Plan) -> frozenset[int]:
+        """Load every stage that the plan gives this node; the devices where a KV pool waits for older stages to go.
 
         Raises an ExceptionGroup of HexmeshError when a stage cannot be loaded.
         """
         async with asyncio.TaskGroup() as group:
             loads = [
-                group.create_task(self._load(epoch, plan, replica, index))
+                (replica.stages[index].devices, group.create_task(self._load(epoch, plan, replica, index)))
                 for replica, index in plan.stages_of(self._courier.node_id)
             ]
-        return any(load.result() for load in loads)
+        return frozenset(device for devices, load in loads if load.result() for device in devices)
 
     def drop(self, epoch: Epoch) -> None:
-        """Forget all stages of an epoch; layers that another epoch shares stay in memory."""
-        for key in [key for key in self._held if key[0] == epoch]:
+        """Forget all stages of an epoch; layers and KV pools that another epoch shares stay in memory."""
+        self._drop([key for key in self._held if key[0] == epoch])
+        self._broken = {broken for broken in self._broken if broken[0] != epoch}
+
+    def drop_on(self, epoch: Epoch, devices: Set[int]) -> frozenset[str]:
+        """Forget the stages of an epoch on some devices; the replicas that this breaks."""
+        keys = [
+            key
+            for key, held in self._held.items()
+            if key[0] == epoch and devices & {*held.replica.stages[held.index].devices}
+        ]
+        self._drop(keys)
+        return frozenset(replica for _, replica, _ in keys)
+
+    def replica_broke(self, epoch: Epoch, replica: str) -> None:
+        """A step of this replica may still be on its way: its KV memory goes to no later plan."""
+        if any(key[:2] == (epoch, replica) for key in self._held):
+            self._broken.add((epoch, replica))
+
+    def _drop(self, keys: list[StageKey]) -> None:
+        for key in keys:
             held = self._held.pop(key)
             held.worker.drop(held.name)
 
@@ -125,13 +148,16 @@ class StageHost:
 
     async def _load(self, epoch: Epoch, plan: Plan, replica: Replica, index: int) -> bool:
         stage = replica.stages[index]
+        name, placement = stage_name(epoch, replica.id, index), plan.placement_of(replica)
         held = HeldStage(
-            name=stage_name(epoch, replica.id, index),
+            name=name,
+            pool=self._pool_of(placement, index) or name,
+            placement=placement,
             replica=replica,
             index=index,
             worker=await self._worker_of(stage.devices[0]),
         )
-        loaded = await held.worker.load(self._load_order(held.name, plan, replica, stage))
+        loaded = await held.worker.load(self._load_order(held, plan, stage))
         self._held[(epoch, replica.id, index)] = held
         log.info(
             "stage loaded replica=%s stage=%d layers=%d-%d load_s=%.2f reused_layers=%d",
@@ -144,16 +170,27 @@ class StageHost:
         )
         return loaded.pool_deferred
 
-    def _load_order(self, name: str, plan: Plan, replica: Replica, stage: Stage) -> LoadStage:
+    def _pool_of(self, placement: tuple[object, ...], index: int) -> str | None:
+        """The pool of the newest stage here that is the same, unless its replica broke."""
+        same = [
+            (epoch, held.pool, (epoch, replica) in self._broken)
+            for (epoch, replica, at), held in self._held.items()
+            if held.placement == placement and at == index
+        ]
+        _, pool, is_broken = max(same, default=(None, None, False))
+        return None if is_broken else pool
+
+    def _load_order(self, held: HeldStage, plan: Plan, stage: Stage) -> LoadStage:
         return LoadStage(
-            stage=name,
+            stage=held.name,
+            pool=held.pool,
             model_dir=self._files.folder,
             model_id=self._files.model_id,
             start=stage.start,
             stop=stage.stop,
             dtype=plan.dtype,
-            kv_blocks=replica.kv_blocks,
-            block_tokens=replica.block_tokens,
+            kv_blocks=held.replica.kv_blocks,
+            block_tokens=held.replica.block_tokens,
             budget_bytes=self._budgets[stage.devices[0]],
         )
 

@@ -61,6 +61,9 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     predicted_tokens_per_s: float
     measured_tokens_per_s: float | None
     requests_running: int | None = None
+    predicted_batch: int | None = None
+    is_whole: bool = True
+    """Whether all its nodes answer and its driver runs it."""
 
 
 class FlowView(msgspec.Struct, frozen=True, kw_only=True, rename={"src": "from", "dst": "to"}):
@@ -144,6 +147,9 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     requests_running: int
     requests_waiting: int
     kv_blocks: KvBlocksView
+    replicas: int = 0
+    replicas_whole: int = 0
+    """Those of which all nodes answer and the driver runs; one is enough to be ready."""
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,6 +175,7 @@ class PlanDeviceView(msgspec.Struct, frozen=True, kw_only=True):
     needed_bytes: int
     room_bytes: int
     reason: str
+    replica: str | None = None
 
 
 class PlanView(msgspec.Struct, frozen=True, kw_only=True):

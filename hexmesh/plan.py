@@ -89,6 +89,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     explanation: tuple[str, ...] = ()
     """One line a node: its share and what decided it."""
 
+    def placement_of(self, replica: Replica) -> tuple[object, ...]:
+        """Equal for replicas of two plans that hold the same on the same devices of the same boots."""
+        stages = tuple(
+            (stage.node, self.hosts[stage.node], stage.devices, stage.start, stage.stop, stage.kv_blocks)
+            for stage in replica.stages
+        )
+        return self.model_id, self.dtype, replica.block_tokens, stages
+
     def stages_of(self, node: str) -> tuple[tuple[Replica, int], ...]:
         """Every (replica, stage index) that the node holds."""
         return tuple(

@@ -104,7 +104,8 @@ class TopologyLines:
         yield Text.assemble(("plan ", "dim"), view.plan_id, age, reason)
 
     def replica(self, replica: ReplicaView) -> Iterator[Text]:
-        facts = [f"predicted {_tokens_per_s(replica.predicted_tokens_per_s)}"]
+        facts = [] if replica.is_whole else ["BROKEN"]
+        facts += [f"predicted {_tokens_per_s(replica.predicted_tokens_per_s)}"]
         if replica.measured_tokens_per_s is not None:
             facts.append(f"measured {_tokens_per_s(replica.measured_tokens_per_s)}")
         if (free := kv_free_share(replica)) is not None:
@@ -140,10 +141,13 @@ class TopologyLines:
         return f"{line}{_link_facts(link, '/')}{head}"
 
     def flows(self) -> Iterator[Text]:
-        if self.view.flows:
+        """How requests are shared, where there is a choice, and which way KV goes from replica to replica."""
+        flows = self.view.flows
+        if len(flows) > 1 or any(flow.src != flow.dst for flow in flows):
             yield Text()
-        for flow in self.view.flows:
-            yield Text(f"  KV {flow.src} {self.glyphs.arrow} {flow.dst}  {flow.share:.0%} of requests")
+            for flow in flows:
+                to = "" if flow.src == flow.dst else f" {self.glyphs.arrow} {flow.dst}"
+                yield Text(f"  {'KV ' if to else ''}{flow.src}{to}  {flow.share:.0%} of requests")
 
     def site(self, site: str) -> Iterator[Text]:
         yield Text.assemble(("SITE ", "bold"), (site, "bold"))

@@ -41,12 +41,15 @@ def _header(plan: PlanView) -> Text:
 
 
 def _devices(devices: list[PlanDeviceView]) -> RenderableType:
-    table = new_table("NODE", "DEVICE", "LAYERS", "NEEDS", "HAS", "FULL")
+    has_several = len({device.replica for device in devices} - {None}) > 1
+    replica = ["REPLICA"] if has_several else []
+    table = new_table("NODE", "DEVICE", *replica, "LAYERS", "NEEDS", "HAS", "FULL")
     for device in devices:
         full = f"{device.needed_bytes / device.room_bytes:.0%}" if device.room_bytes else "-"
         table.add_row(
             device.name,
             str(device.device),
+            *([device.replica or "-"] if has_several else []),
             _layers(device),
             show_bytes(device.needed_bytes),
             show_bytes(device.room_bytes),

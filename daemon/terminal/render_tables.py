@@ -27,6 +27,7 @@ def status_view(status: StatusView, names: Mapping[str, str]) -> RenderableType:
         ("ready", Text("yes", "green") if status.ready else Text("no", "red")),
         ("coordinator", names.get(coordinator, short(coordinator)) if coordinator else "none"),
         ("plan", status.plan_id or "none"),
+        *([("replicas", _whole(status))] if status.replicas > 1 else []),
         ("requests", f"{status.requests_running} running, {status.requests_waiting} waiting"),
         (
             "KV blocks",
@@ -40,6 +41,12 @@ def status_view(status: StatusView, names: Mapping[str, str]) -> RenderableType:
     for name, fact in facts:
         grid.add_row(Text(name, "dim"), fact)
     return grid
+
+
+def _whole(status: StatusView) -> str | Text:
+    if status.replicas_whole == status.replicas:
+        return f"{status.replicas}"
+    return Text(f"{status.replicas_whole} of {status.replicas} are whole", "yellow")
 
 
 def members_table(members: Iterable[MemberView]) -> RenderableType:

@@ -47,11 +47,11 @@ class NodeService:
 
     @property
     def model(self) -> ServedModel:
-        """The mesh's model; its context is what the present replica's KV pool can hold."""
+        """The mesh's model; its context is what every replica's KV pool can hold, so that any can replay it."""
         plan = self._state.plan_now()
         if plan is None:
             return self._model
-        room_tokens = max(replica.kv_blocks * replica.block_tokens for replica in plan.replicas)
+        room_tokens = min(replica.kv_blocks * replica.block_tokens for replica in plan.replicas)
         return self._model.with_context(min(self._model.max_model_tokens, room_tokens))
 
     @property

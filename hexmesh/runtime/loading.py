@@ -69,11 +69,11 @@ class StageDraft:
             device=self.device,
         )
 
-    def make_stage(self, n_blocks: int) -> Stage:
-        """A stage on a new pool; the weights are filled."""
+    def make_stage(self, pool: KvPool) -> Stage:
+        """A stage on a pool of its layers; the weights are filled."""
         return Stage(
             splice=self.splice,
-            pool=self.make_pool(n_blocks),
+            pool=pool,
             limits=self.limits,
             dtype=self.dtype,
             device=self.device,

@@ -1,4 +1,7 @@
-"""What one device holds: stages of old and new plans, the parts they share, and the budget they stay within.
+"""What one device holds: stages of old and new plans, what they share, and the budget they stay within.
+
+Stages of two plans share the layers that both have. A stage that is the same in both shares its KV pool too,
+so that what runs in the old plan ends there while the new one is served.
 
 A stage that fits beside the others gets everything at once. One that fits only without them is accepted and
 waits, first for its KV pool and, if need be, for its weights, until others are dropped. One that could never
@@ -17,6 +20,7 @@ import torch
 from torch import nn
 
 from hexmesh.errors import HexmeshError, InvalidInput, NotReady
+from hexmesh.runtime.kv_pool import KvPool
 from hexmesh.runtime.loading import StageDraft, draft_stage, fill
 from hexmesh.runtime.stage import Stage
 from hexmesh.units import show_bytes
@@ -37,6 +41,13 @@ class _Resident:
     def key(self, part: str) -> str:
         """A part's name among all models, equal exactly for equal weights."""
         return f"{self.draft.order.model_id}/{self.draft.order.dtype}/{part}"
+
+    @property
+    def pool_key(self) -> str:
+        """Equal exactly for stages whose KV may lie in the same memory."""
+        order = self.draft.order
+        cut = f"{order.start}-{order.stop}/{order.kv_blocks}x{order.block_tokens}"
+        return self.key(f"{cut}/{order.pool}")
 
     def part_bytes(self) -> dict[str, int]:
         """Bytes of each part, by key."""
@@ -61,6 +72,7 @@ class Residency:
         self._device = device
         self._residents: dict[str, _Resident] = {}
         self._parts: dict[str, nn.Module] = {}
+        self._pools: dict[str, KvPool] = {}
 
     def load(self, order: LoadStage) -> StageLoaded:
         """Accept a stage and make as much of it as fits.
@@ -127,8 +139,14 @@ class Residency:
             self._fill(resident)
             resident.progress = "filled"
         if resident.progress == "filled" and self._bytes_with(resident, is_with_pool=True) <= budget_bytes:
-            resident.stage = resident.draft.make_stage(resident.draft.order.kv_blocks)
+            resident.stage = resident.draft.make_stage(self._pool_of(resident))
             resident.progress = "ready"
+
+    def _pool_of(self, resident: _Resident) -> KvPool:
+        key = resident.pool_key
+        if key not in self._pools:
+            self._pools[key] = resident.draft.make_pool(resident.draft.order.kv_blocks)
+        return self._pools[key]
 
     def _fill(self, resident: _Resident) -> None:
         names = resident.draft.splice.paths
@@ -138,21 +156,22 @@ class Residency:
         for name in names:
             self._parts[resident.key(name)] = resident.draft.splice.part(name)
         resident.n_layers_reused = sum(name in shared for name in resident.draft.splice.layer_parts())
-        resident.draft.make_stage(n_blocks=1).warm_up()
+        resident.draft.make_stage(resident.draft.make_pool(1)).warm_up()
 
     def _bytes_with(self, candidate: _Resident, *, is_with_pool: bool) -> int:
-        """Everything held, shared parts once, and the candidate's weights, and its pool if asked."""
+        """Everything held, what is shared once, and the candidate's weights, and its pool if asked."""
         held = [
             other for other in self._residents.values() if other is candidate or other.progress != "drafted"
         ]
         parts: dict[str, int] = {}
-        n_bytes = candidate.draft.pool_bytes if is_with_pool else 0
+        pools = {candidate.pool_key: candidate.draft.pool_bytes} if is_with_pool else {}
+        n_bytes = 0
         for resident in held:
             parts.update(resident.part_bytes())
             n_bytes += resident.draft.rest_bytes
             if resident.progress == "ready":
-                n_bytes += resident.draft.pool_bytes
-        return n_bytes + sum(parts.values())
+                pools[resident.pool_key] = resident.draft.pool_bytes
+        return n_bytes + sum(parts.values()) + sum(pools.values())
 
     def _forget(self, stage: str) -> None:
         gone = self._residents.pop(stage, None)
@@ -161,6 +180,8 @@ class Residency:
         used = {key for resident in self._residents.values() for key in resident.part_bytes()}
         for key in [key for key in self._parts if key not in used]:
             del self._parts[key]
+        if not any(resident.pool_key == gone.pool_key for resident in self._residents.values()):
+            self._pools.pop(gone.pool_key, None)
         del gone
         _return_memory(self._device)
 

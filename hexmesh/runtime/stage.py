@@ -36,7 +36,7 @@ class StageLimits:
 
 
 class Stage:
-    """Runs steps of loaded layers. One thread at a time; `pool` is written by it alone."""
+    """Runs steps of loaded layers. One thread at a time for all stages of a device; `pool` may be another's too."""
 
     def __init__(
         self, *, splice: Splice, pool: KvPool, limits: StageLimits, dtype: torch.dtype, device: torch.device

@@ -1,26 +1,42 @@
 """Good pipelines over many devices, where every ordered subset is too many: not exact.
 
-From each of the fastest devices a chain is grown by always taking the nearest device next (the cheapest hop
-at batch 1; ties by place). A DP then chooses, for each chain, which devices to skip and where to cut: exact
-for that chain, blind to other orders. State: [batch level, stages so far, last place in the chain, layers].
+From each of the fastest devices a chain of up to MAX_CHAIN_PLACES is grown by always taking the nearest device
+next (the cheapest hop at batch 1; ties by place). A DP then chooses, for each chain, which devices to skip and
+where to cut: exact for that chain, blind to other orders. State: [batch level, stages so far, last place in the
+chain, layers].
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from hexmesh.schedule.cuts import best_cycle_s
-from hexmesh.schedule.held_karp import MAX_OPTIONS, SAME, Found, Option
+from hexmesh.schedule.held_karp import MAX_OPTIONS, SAME, Option
 from hexmesh.schedule.tables import Seconds, Tables
 
 MAX_CHAINS = 16
 MAX_STAGES = 16
+MAX_CHAIN_PLACES = 32
 
 
-def good_orders(tables: Tables, tolerance: float) -> Found | None:
-    """As `best_orders`, over the chains alone; `rate_with` of an unused place is that of inserting it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongPipeline:
+    """What a search over chains gives."""
+
+    options: tuple[Option, ...]
+    """The fastest orders of the fewest stages, all about as good as the best pipeline; at least one."""
+    best_rate: float
+    """Tokens per second of the best pipeline of all chains."""
+
+
+def good_orders(tables: Tables, tolerance: float) -> LongPipeline | None:
+    """The orders to choose a cut from, over the chains alone; None when none holds the model.
+
+    A rate counts as good if it is at most the fraction `tolerance` below the best.
+    """
     options = [(rate, len(order), order, batch) for rate, order, batch in _options(tables)]
     if not options:
         return None
@@ -28,14 +44,18 @@ def good_orders(tables: Tables, tolerance: float) -> Found | None:
     close = [option for option in options if option[0] >= best * (1.0 - max(tolerance, SAME))]
     fewest = min(n_stages for _, n_stages, *_ in close)
     fastest = sorted({(-rate, order, batch) for rate, n_stages, order, batch in close if n_stages == fewest})
-    rate, order = -fastest[0][0], fastest[0][1]
-    return Found(
-        options=tuple(Option(order, batch) for _, order, batch in fastest[:MAX_OPTIONS]),
-        best_rate=best,
-        rate_with=tuple(
-            (rate, len(order)) if place in order else (_rate_with(tables, order, place), len(order) + 1)
-            for place in range(len(tables.places))
-        ),
+    return LongPipeline(
+        options=tuple(Option(order, batch) for _, order, batch in fastest[:MAX_OPTIONS]), best_rate=best
+    )
+
+
+def rate_with_one_more(tables: Tables, order: tuple[int, ...], place: int) -> float:
+    """Tokens per second of the best pipeline that `place` inserted into `order` gives; 0: there is none."""
+    orders = [(*order[:at], place, *order[at:]) for at in range(len(order) + 1)]
+    return max(
+        n_sequences / best_cycle_s(tables, longer, batch)
+        for longer in orders
+        for batch, n_sequences in enumerate(tables.batches)
     )
 
 
@@ -57,7 +77,7 @@ def _chains(tables: Tables) -> Iterator[tuple[int, ...]]:
     ]
     for first in sorted(range(n), key=lambda place: (layer_s[place], place))[:MAX_CHAINS]:
         chain, left = [first], set(range(n)) - {first}
-        while left:
+        while left and len(chain) < MAX_CHAIN_PLACES:
             nearest = min(left, key=lambda place: (tables.hop_s[0, chain[-1], place], layer_s[place], place))
             chain.append(nearest)
             left.remove(nearest)
@@ -87,13 +107,3 @@ def _walk_back(
         last, stop = (int(axis) for axis in np.unravel_index(int(through.argmin()), through.shape))
         order.append(chain[last])
     return tuple(reversed(order))
-
-
-def _rate_with(tables: Tables, order: tuple[int, ...], place: int) -> float:
-    """Tokens per second of the best pipeline that `place` inserted into `order` gives."""
-    orders = [(*order[:at], place, *order[at:]) for at in range(len(order) + 1)]
-    return max(
-        n_sequences / best_cycle_s(tables, longer, batch)
-        for longer in orders
-        for batch, n_sequences in enumerate(tables.batches)
-    )

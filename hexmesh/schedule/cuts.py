@@ -7,27 +7,11 @@ stage is fastest. Both are found by bisection over an exact feasibility test, a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 
-from hexmesh.schedule.tables import Seconds, Tables
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """A pipeline: stage i is layers [bounds[i], bounds[i + 1]) on place order[i]."""
-
-    order: tuple[int, ...]
-    bounds: tuple[int, ...]
-    batch: int
-    """The batch level."""
-    cycle_s: float
-
-    def spans(self) -> list[tuple[int, int, int]]:
-        """(place, start, stop) of every stage."""
-        return [(place, *span) for place, span in zip(self.order, pairwise(self.bounds), strict=True)]
+from hexmesh.schedule.tables import Cut, Seconds, Tables
 
 
 def best_cut(
@@ -49,11 +33,9 @@ def best_cut(
 
     if not is_within(0, np.inf):
         return None
-    blocks = _last_true(0, max_blocks, lambda n_blocks: is_within(n_blocks, np.inf))
+    blocks = last_true(0, max_blocks, lambda n_blocks: is_within(n_blocks, np.inf))
     times = np.unique(np.concatenate([step[np.isfinite(step)] for step in steps]))
-    faster = _last_true(
-        0, len(times) - 1, lambda skip: is_within(blocks, float(times[len(times) - 1 - skip]))
-    )
+    faster = last_true(0, len(times) - 1, lambda skip: is_within(blocks, float(times[len(times) - 1 - skip])))
     chosen = masked(blocks, float(times[len(times) - 1 - faster]))
     sums = _least_sums(chosen)
     return Cut(
@@ -95,7 +77,7 @@ def _bounds(steps: Sequence[Seconds], sums: Sequence[Seconds]) -> tuple[int, ...
     return tuple(reversed(bounds))
 
 
-def _last_true(low: int, high: int, holds: Callable[[int], bool]) -> int:
+def last_true(low: int, high: int, holds: Callable[[int], bool]) -> int:
     """The largest number in [low, high] that `holds`, which is true at `low` and once false stays so."""
     while low < high:
         middle = (low + high + 1) // 2

@@ -14,11 +14,17 @@ from hexmesh.workload import Workload
 
 
 def explain(plan: Plan, cluster: Cluster, spec: ModelSpec, workload: Workload) -> tuple[str, ...]:
-    """One line a replica, one a stage, one a device that is left out."""
+    """One line for several replicas together, one a replica, one a stage, one a device that is left out."""
     return tuple(_lines(plan, cluster, spec, workload))
 
 
 def _lines(plan: Plan, cluster: Cluster, spec: ModelSpec, workload: Workload) -> Iterator[str]:
+    if len(plan.replicas) > 1:
+        total = sum(replica.predicted_tokens_per_s for replica in plan.replicas)
+        yield (
+            f"{len(plan.replicas)} replicas share the requests, {total:.1f} tokens/s together; "
+            f"what runs in one that breaks goes on in another"
+        )
     for replica in plan.replicas:
         costs = CostModel(spec, plan.dtype, replica.block_tokens, StepLimits())
         context = min(workload.mean_context_tokens, plan.max_model_tokens)

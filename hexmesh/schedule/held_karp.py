@@ -7,7 +7,7 @@ the hop from j, so
     D[S + k, k, l'] = min over l < l' of ( min over j in S of D[S, j, l] + hop(j, k) ) + step(k, l, l')
 
 and a pipeline's cycle is D[S, j, L] plus the way back to the first device. O(n^2 2^n L (n + L)) for each
-batch level; the loops over levels, j and both ends of the cut are numpy's.
+batch level; all loops but that over subsets are numpy's. A subset is a bit mask of places.
 """
 
 from __future__ import annotations
@@ -32,87 +32,61 @@ class Option:
     batch: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """What a search over orders gives."""
+class Subsets:
+    """The best pipeline that uses exactly the places of each subset, for at most MAX_PLACES places."""
 
-    options: tuple[Option, ...]
-    """The fastest orders of the fewest stages, all about as good as the best pipeline; at least one."""
-    best_rate: float
-    """Tokens per second of the best pipeline of all."""
-    rate_with: tuple[tuple[float, int], ...]
-    """The best pipeline that uses each place: tokens per second (0: there is none) and number of stages."""
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+        self._reach = _reach(tables)
+        cycles = self._reach[..., tables.n_layers] + tables.return_s.T[None, :, None, :]
+        batches = np.array(tables.batches, dtype=np.float64)[None, None, :, None]
+        self._rates: Seconds = batches / cycles  # (2**n, n_first, n_batches, n_last)
+        self.rates: Seconds = self._rates.max(axis=(1, 2, 3))
+        """(2**n,): tokens per second of the best pipeline of each subset; 0: there is none."""
 
-
-def best_orders(tables: Tables, tolerance: float) -> Found | None:
-    """The orders to choose a cut from; None when no pipeline holds the model. At most MAX_PLACES places.
-
-    A rate counts as good if it is at most the fraction `tolerance` below the best.
-    """
-    n = len(tables.places)
-    reaches = [_reach(tables, first) for first in range(n)]
-    cycles = np.stack([_cycles(tables, reach, first) for first, reach in enumerate(reaches)])
-    batches = np.array(tables.batches, dtype=np.float64)[None, :, None, None]
-    rates = batches / cycles  # (n_first, n_batches, 2**n, n_last)
-    best = float(rates.max())
-    if best <= 0.0:
-        return None
-    members = np.array([[bool(subset >> place & 1) for place in range(n)] for subset in range(1 << n)])
-    good = rates >= best * (1.0 - max(tolerance, SAME))
-    sizes = np.where(good, members.sum(axis=1)[None, None, :, None], n + 1)
-    good &= sizes == sizes.min()
-    ends = sorted(np.argwhere(good).tolist(), key=lambda end: (-float(rates[tuple(end)]), end))
-    by_subset = rates.max(axis=(0, 1, 3))
-    best_with = [
-        max(
-            (float(by_subset[subset]), -int(members[subset].sum()))
-            for subset in np.flatnonzero(members[:, place])
+    def options(self, subset: int, least_rate: float) -> tuple[Option, ...]:
+        """The fastest orders over the subset, none slower than `least_rate`; at least the best."""
+        rates = self._rates[subset]
+        good = np.argwhere(rates >= min(least_rate, float(self.rates[subset])))
+        ends = sorted(good.tolist(), key=lambda end: (-float(rates[tuple(end)]), end))
+        return tuple(
+            Option(self._walk_back(first, batch, subset, last), batch)
+            for first, batch, last in ends[:MAX_OPTIONS]
         )
-        for place in range(n)
-    ]
-    return Found(
-        options=tuple(
-            Option(_walk_back(tables, reaches[first], batch, subset, last), batch)
-            for first, batch, subset, last in ends[:MAX_OPTIONS]
-        ),
-        best_rate=best,
-        rate_with=tuple((rate, -fewer) for rate, fewer in best_with),
-    )
+
+    def _walk_back(self, first: int, batch: int, subset: int, last: int) -> tuple[int, ...]:
+        """The order of places that gives reach[subset, first, batch, last, n_layers]."""
+        tables = self._tables
+        order, stop = [last], tables.n_layers
+        while subset != 1 << last:
+            subset ^= 1 << last
+            before = self._reach[subset, first, batch] + tables.hop_s[batch, :, last, None]
+            through = before + tables.step_s[batch, last, :, stop]  # (n_places, n_layers + 1)
+            last, stop = (int(axis) for axis in np.unravel_index(int(through.argmin()), through.shape))
+            order.append(last)
+        return tuple(reversed(order))
 
 
-def _reach(tables: Tables, first: int) -> Seconds:
-    """D of the module's text for one first place: (n_batches, 2**n, n_places, n_layers + 1)."""
+def members_of(subset: int) -> tuple[int, ...]:
+    """The places of a subset, ascending."""
+    return tuple(place for place in range(subset.bit_length()) if subset >> place & 1)
+
+
+def _reach(tables: Tables) -> Seconds:
+    """D of the module's text for every first place: (2**n, n_first, n_batches, n_places, n_layers + 1)."""
     n, n_batches = len(tables.places), len(tables.batches)
-    reach = np.full((n_batches, 1 << n, n, tables.n_layers + 1), np.inf)
-    reach[:, 1 << first, first, :] = tables.step_s[:, first, 0, :]
-    for subset in range(1 << n):
-        if not subset >> first & 1:
+    reach = np.full((1 << n, n, n_batches, n, tables.n_layers + 1), np.inf)
+    for first in range(n):
+        reach[1 << first, first, :, first, :] = tables.step_s[:, first, 0, :]
+    for subset in range(1, (1 << n) - 1):
+        inside = list(members_of(subset))
+        outside = [place for place in range(n) if not subset >> place & 1]
+        here = reach[subset][inside][:, :, inside]  # (n_first, n_batches, n_inside, n_layers + 1)
+        if not np.isfinite(here[..., :-1]).any():
             continue
-        members = [place for place in range(n) if subset >> place & 1]
-        for place in range(n):
-            if subset >> place & 1:
-                continue
-            hops = tables.hop_s[:, members, place, None]
-            arrival = (reach[:, subset, members, :] + hops).min(axis=1)  # (n_batches, n_layers + 1)
-            if np.isfinite(arrival).any():
-                onward = arrival[:, :, None] + tables.step_s[:, place]
-                reach[:, subset | 1 << place, place, :] = onward.min(axis=1)
+        hops = tables.hop_s[:, inside][:, :, outside]
+        arrival = (here[:, :, :, None, :] + hops[None, ..., None]).min(axis=2)
+        onward = (arrival[..., None] + tables.step_s[None, :, outside]).min(axis=3)
+        for at, place in enumerate(outside):
+            reach[subset | 1 << place, inside, :, place, :] = onward[:, :, at]
     return reach
-
-
-def _cycles(tables: Tables, reach: Seconds, first: int) -> Seconds:
-    """(n_batches, 2**n, n_last) seconds of whole pipelines."""
-    cycles: Seconds = reach[:, :, :, tables.n_layers] + tables.return_s[:, first]
-    return cycles
-
-
-def _walk_back(tables: Tables, reach: Seconds, batch: int, subset: int, last: int) -> tuple[int, ...]:
-    """The order of places that gives reach[batch, subset, last, n_layers]."""
-    order, stop = [last], tables.n_layers
-    while subset != 1 << last:
-        subset ^= 1 << last
-        before = reach[batch, subset] + tables.hop_s[batch, :, last, None]  # (n_places, n_layers + 1)
-        through = before + tables.step_s[batch, last, :, stop]
-        last, stop = (int(axis) for axis in np.unravel_index(int(through.argmin()), through.shape))
-        order.append(last)
-    return tuple(reversed(order))

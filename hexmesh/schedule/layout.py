@@ -1,16 +1,18 @@
-"""One replica laid out over the mesh's devices: which of them, in what order, with which layers.
+"""Replicas laid out over the mesh's devices: which devices make a replica, in what order, with which layers.
 
-Maximises the decode rate b / C(b), where C(b) is the sum of all stage times and hops for b sequences: one
-batch is in flight at a time, as the runtime drives its pipelines. Each stage is one device. What is within
-TOLERANCE of the best rate counts as equal, being below what measurements tell apart, and is decided by fewer
-stages, then more KV blocks, then a faster slowest stage. Up to `held_karp.MAX_PLACES` devices the best rate
-is exact; beyond, see `chains`.
+Maximises the sum of the replicas' decode rates b / C(b), where C(b) is the sum of all stage times and hops for
+b sequences: a replica has one batch in flight at a time, as the runtime drives its pipelines, and takes as many
+sequences at once as the workload says. Each stage is one device. Sums within TOLERANCE of the best count as
+equal, being below what measurements tell apart, and are decided by more replicas, fewer stages, then more KV
+blocks, then a faster slowest stage. Up to `held_karp.MAX_PLACES` devices the best sum is exact; beyond, see
+`replicas`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import msgspec
 
@@ -19,21 +21,19 @@ from hexmesh.cost import STEP_TOKENS, CostModel, StepLimits
 from hexmesh.errors import InvalidInput
 from hexmesh.model_spec import ModelSpec
 from hexmesh.plan import DtypeName, Flow, Plan, Replica, Stage, Unused
-from hexmesh.schedule.chains import good_orders
-from hexmesh.schedule.cuts import Cut, best_cut, cut_cycle_s
+from hexmesh.schedule.cuts import best_cut, cut_cycle_s, last_true
 from hexmesh.schedule.explain import explain
-from hexmesh.schedule.held_karp import MAX_PLACES, SAME, Found, best_orders
+from hexmesh.schedule.held_karp import MAX_PLACES, SAME
 from hexmesh.schedule.misfit import NoFit, misfit, too_small, why_unusable
-from hexmesh.schedule.tables import Blocks, Place, Tables, build_tables, room_blocks
+from hexmesh.schedule.replicas import Found, Search, find_replicas
+from hexmesh.schedule.tables import Blocks, Cut, Place, Tables, build_tables, room_blocks
 from hexmesh.workload import Workload
 
 TOLERANCE = 0.01
 KEEP_GAIN = 1.05
-"""A new layout must be this much faster than the present one to be worth moving layers."""
+"""New replicas must be this much faster than the present ones to be worth moving layers."""
 LONG_CONTEXT_COST = 0.8
 """A layout with room for longer sequences is taken if it keeps this share of the best rate."""
-_COMMON_CONTEXT_TOKENS = 2048
-_REPLICA = "r0"
 
 
 def lay_out(
@@ -53,12 +53,13 @@ def lay_out(
     max_devices: int = MAX_PLACES,
     tolerance: float = TOLERANCE,
 ) -> Plan | NoFit:
-    """The plan of one replica over the devices of `hosts`, or why there is none.
+    """The plan over the devices of `hosts`, or why there is none.
 
-    Every stage has room for the same KV blocks: at least one sequence of min(max_model_tokens, prompt +
-    output), of max_model_tokens where that costs little, and at most all concurrent sequences at full length.
-    `current` is kept unless the new layout is KEEP_GAIN faster or holds the longer sequences that it cannot.
-    With more than `max_devices` usable devices the search is not exact.
+    Every stage of a replica has room for the same KV blocks: at least one sequence of min(max_model_tokens,
+    prompt + output), of max_model_tokens or the longest half, quarter and so on of it where that costs little,
+    and at most all concurrent sequences at full length. Replicas of `current` are kept unless new ones are
+    KEEP_GAIN faster in all, more in number, or hold the longer sequences that those cannot. With more than
+    `max_devices` usable devices the search is not exact.
     """
     if (
         min(max_model_tokens, block_tokens, workload.max_concurrent_sequences, workload.mean_context_tokens)
@@ -66,34 +67,37 @@ def lay_out(
     ):
         raise InvalidInput("token counts and concurrency of a workload must be positive")
     problem = _Problem.of(cluster, spec, dtype, workload, hosts, max_model_tokens, block_tokens, step_tokens)
-    found = problem.search(max_devices, tolerance)
-    if found is None:
-        return misfit(cluster, problem.costs, problem.floors[-1], problem.usable, hosts)
-    layout = problem.settle(found, tolerance)
-    kept = problem.keep(layout, current, model_id, dtype, hosts) if current is not None else None
-    plan = _plan(problem, layout if kept is None else kept, hosts, model_id, model_name, reason)
-    notes = () if kept is None else (_kept_note(problem, layout, kept),)
+    searcher = _Searcher(problem=problem, max_exact=min(max_devices, MAX_PLACES), tolerance=tolerance)
+    best = searcher.best()
+    if best is None:
+        return misfit(cluster, problem.costs, problem.floors[0], problem.usable, hosts)
+    present = problem.present(current, model_id, dtype, hosts)
+    kept = searcher.keep(best, list(present.values()))
+    chosen = best if kept is None else kept
+    plan = _plan(problem, chosen, _names(chosen.cuts, present), hosts, model_id, model_name, reason)
+    notes = () if kept is None else (_kept_note(best, kept, list(present.values())),)
     return msgspec.structs.replace(plan, explanation=(*explain(plan, cluster, spec, workload), *notes))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Layout:
-    """A cut, the tables it was found in and what the search knew."""
+    """Cuts, the tables they were found in and what the search knew."""
 
     tables: Tables
-    cut: Cut
+    cuts: tuple[Cut, ...]
     floor_tokens: int
     """The sequence length that every stage was required to have room for."""
-    found: Found
+    search: Search
+    possible: Search
+    """What was found with room for the shortest sequences alone."""
 
     @property
     def rate(self) -> float:
-        return self.tables.batches[self.cut.batch] / self.cut.cycle_s
+        return sum(self.tables.rate_of(cut) for cut in self.cuts)
 
     @property
-    def room(self) -> int:
-        """KV blocks that the tightest stage has room for."""
-        return min(int(self.tables.room_blocks[span]) for span in self.cut.spans())
+    def n_stages(self) -> int:
+        return sum(len(cut.order) for cut in self.cuts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +114,7 @@ class _Problem:
     """Of those, the ones with room for a layer and one sequence."""
     room: Blocks
     floors: tuple[int, ...]
-    """Sequence lengths to make room for, the most wanted first; the last one is a must."""
+    """Sequence lengths to make room for, ascending: the first one is a must, the last one most wanted."""
 
     @staticmethod
     def of(
@@ -124,7 +128,6 @@ class _Problem:
         step_tokens: int,
     ) -> _Problem:
         must = min(max_model_tokens, workload.prompt_tokens + workload.output_tokens)
-        common = min(max_model_tokens, max(must, _COMMON_CONTEXT_TOKENS))
         n_sequences = workload.max_concurrent_sequences
         limits = StepLimits(
             step_tokens=min(step_tokens, n_sequences * max_model_tokens),
@@ -149,7 +152,7 @@ class _Problem:
             usable=usable,
             places=tuple(place for place, fit in zip(usable, fits, strict=True) if fit),
             room=room[fits],
-            floors=tuple(sorted({max_model_tokens, common, must}, reverse=True)),
+            floors=tuple(sorted({must, *_halves(max_model_tokens, must)})),
         )
 
     @property
@@ -173,64 +176,161 @@ class _Problem:
             context_tokens=context,
         )
 
-    def search(self, max_devices: int, tolerance: float) -> tuple[int, Tables, Found] | None:
-        """(floor, tables, found) of the best order for the longest sequences that are worth their cost."""
-        if not self.places:
-            return None
-        search = best_orders if len(self.places) <= min(max_devices, MAX_PLACES) else good_orders
-        must = self.floors[-1]
-        tables = self.tables(must)
-        found = search(tables, tolerance)
-        if found is None:
-            return None
-        for floor in self.floors[:-1]:
-            longer_tables = self.tables(floor)
-            longer = search(longer_tables, tolerance)
-            if longer is not None and longer.best_rate >= LONG_CONTEXT_COST * found.best_rate:
-                return floor, longer_tables, longer
-        return must, tables, found
+    def present(
+        self, current: Plan | None, model_id: str, dtype: DtypeName, hosts: Mapping[str, int]
+    ) -> dict[str, _Present]:
+        """The present plan's replicas that could stay as they are, by id."""
+        if current is None or (current.model_id, current.dtype) != (model_id, dtype):
+            return {}
+        index = {(place.node.id, place.device.index): at for at, place in enumerate(self.places)}
+        found = {}
+        for replica in current.replicas:
+            order = tuple(index.get((stage.node, stage.devices[0]), -1) for stage in replica.stages)
+            bounds = (0, *(stage.stop for stage in replica.stages))
+            is_same_boot = all(
+                current.hosts.get(stage.node) == hosts.get(stage.node) for stage in replica.stages
+            )
+            if order and -1 not in order and is_same_boot and bounds[-1] == self.costs.spec.n_layers:
+                found[replica.id] = _Present(order, bounds)
+        return found
 
-    def settle(self, searched: tuple[int, Tables, Found], tolerance: float) -> _Layout:
+
+@dataclass(frozen=True, slots=True)
+class _Present:
+    """A replica as it is laid out now."""
+
+    order: tuple[int, ...]
+    bounds: tuple[int, ...]
+
+    def is_in(self, cuts: Sequence[Cut]) -> bool:
+        return any((cut.order, cut.bounds) == (self.order, self.bounds) for cut in cuts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Searcher:
+    """Searches of one planning."""
+
+    problem: _Problem
+    max_exact: int
+    tolerance: float
+
+    def best(self) -> _Layout | None:
+        """The best layout for the longest sequences that are worth their cost; None if nothing fits."""
+        floors = self.problem.floors
+        if not self.problem.places:
+            return None
+        found = {0: self._search(floors[0])}
+        possible = found[0][1]
+        if possible is None:
+            return None
+        least_rate = LONG_CONTEXT_COST * possible.best_rate
+
+        def is_worth(at: int) -> bool:
+            found[at] = self._search(floors[at])
+            search = found[at][1]
+            return search is not None and search.best_rate >= least_rate
+
+        top = len(floors) - 1
+        at = top if top == 0 or is_worth(top) else last_true(0, top - 1, is_worth)
+        tables, search = found[at]
+        assert search is not None
+        return _Layout(
+            tables=tables,
+            cuts=self._settle(tables, search.replicas),
+            floor_tokens=floors[at],
+            search=search,
+            possible=possible,
+        )
+
+    def keep(self, best: _Layout, present: Sequence[_Present]) -> _Layout | None:
+        """A layout with present replicas as they are, all or all but one, if it is about as good as `best`."""
+        tables = best.tables
+        cuts = [cut for one in present if (cut := _as_it_is(tables, one)) is not None]
+        tries = [cuts, *([cut for cut in cuts if cut is not left_out] for left_out in cuts)]
+        for kept in tries:
+            layout = self._around(best, kept) if kept else None
+            if layout is not None and layout.rate * KEEP_GAIN > best.rate and _n(layout) >= _n(best):
+                return layout
+        return None
+
+    def _around(self, best: _Layout, kept: Sequence[Cut]) -> _Layout:
+        """`kept`, and the best replicas over the devices that those leave."""
+        used = {place for cut in kept for place in cut.order}
+        left = [place for place in range(len(best.tables.places)) if place not in used]
+        more = self._find(best.tables, left)
+        added = () if more is None else self._settle(best.tables, more.replicas)
+        return _Layout(
+            tables=best.tables,
+            cuts=(*kept, *added),
+            floor_tokens=best.floor_tokens,
+            search=best.search,
+            possible=best.possible,
+        )
+
+    def _search(self, floor_tokens: int) -> tuple[Tables, Search | None]:
+        tables = self.problem.tables(floor_tokens)
+        return tables, self._find(tables, range(len(tables.places)))
+
+    def _find(self, tables: Tables, places: Sequence[int]) -> Search | None:
+        return find_replicas(tables, places, max_exact=self.max_exact, tolerance=self.tolerance)
+
+    def _settle(self, tables: Tables, replicas: Sequence[Found]) -> tuple[Cut, ...]:
+        cuts = (self._cut(tables, found) for found in replicas)
+        return tuple(sorted(cuts, key=lambda cut: (-tables.rate_of(cut), cut.order)))
+
+    def _cut(self, tables: Tables, found: Found) -> Cut:
         """The cut with the most KV blocks, of all orders that were found; then the fastest one."""
-        floor, tables, found = searched
-        least_rate = found.best_rate * (1.0 - max(tolerance, 2 * SAME))
+        least_rate, max_blocks = found.least_rate * (1.0 - 2 * SAME), self.problem.max_blocks
         cuts = [
             best_cut(
                 tables,
                 option.order,
                 option.batch,
                 limit_s=tables.batches[option.batch] / least_rate,
-                max_blocks=self.max_blocks,
+                max_blocks=max_blocks,
             )
             for option in found.options
         ]
-        layouts = [_Layout(tables=tables, cut=cut, floor_tokens=floor, found=found) for cut in cuts if cut]
-        return max(layouts, key=lambda layout: (min(layout.room, self.max_blocks), layout.rate))
-
-    def keep(
-        self, layout: _Layout, current: Plan, model_id: str, dtype: DtypeName, hosts: Mapping[str, int]
-    ) -> _Layout | None:
-        """The present layout with today's figures, if it is still valid and about as good as `layout`."""
-        stages = current.replicas[0].stages if len(current.replicas) == 1 else ()
-        if (current.model_id, current.dtype) != (model_id, dtype):
-            return None
-        if any(current.hosts.get(stage.node) != hosts.get(stage.node) for stage in stages):
-            return None
-        index = {(place.node.id, place.device.index): at for at, place in enumerate(self.places)}
-        order = tuple(index.get((stage.node, stage.devices[0]), -1) for stage in stages)
-        bounds = (0, *(stage.stop for stage in stages))
-        if not order or -1 in order or bounds[-1] != self.costs.spec.n_layers:
-            return None
-        tables = layout.tables
-        cycles = [cut_cycle_s(tables, order, bounds, batch) for batch in range(len(tables.batches))]
-        batch = max(range(len(cycles)), key=lambda at: tables.batches[at] / cycles[at])
-        kept = _Layout(
-            tables=tables,
-            cut=Cut(order=order, bounds=bounds, batch=batch, cycle_s=cycles[batch]),
-            floor_tokens=layout.floor_tokens,
-            found=layout.found,
+        return max(
+            (cut for cut in cuts if cut is not None),
+            key=lambda cut: (min(tables.room_of(cut), max_blocks), tables.rate_of(cut)),
         )
-        return kept if kept.rate * KEEP_GAIN > layout.rate else None
+
+
+def _n(layout: _Layout) -> int:
+    return len(layout.cuts)
+
+
+def _as_it_is(tables: Tables, present: _Present) -> Cut | None:
+    """A present replica with today's figures; None if it lacks room."""
+    cycles = [
+        cut_cycle_s(tables, present.order, present.bounds, batch) for batch in range(len(tables.batches))
+    ]
+    batch = max(range(len(cycles)), key=lambda at: tables.batches[at] / cycles[at])
+    cut = Cut(order=present.order, bounds=present.bounds, batch=batch, cycle_s=cycles[batch])
+    return cut if tables.rate_of(cut) > 0.0 else None
+
+
+def _halves(longest: int, shortest: int) -> Iterator[int]:
+    """`longest`, its half, quarter and so on, while longer than `shortest`."""
+    while longest > shortest:
+        yield longest
+        longest //= 2
+
+
+def _names(cuts: Sequence[Cut], present: Mapping[str, _Present]) -> dict[str, Cut]:
+    """The cuts by replica id, in order of the ids: what stays keeps its id, the others get free ones."""
+    left = list(cuts)
+    named = {}
+    for name, one in present.items():
+        for cut in left:
+            if one.is_in([cut]):
+                named[name] = cut
+                left.remove(cut)
+                break
+    free = (name for name in (f"r{n}" for n in count()) if name not in named)
+    named |= dict(zip(free, left, strict=False))
+    return dict(sorted(named.items(), key=lambda item: (len(item[0]), item[0])))
 
 
 def _batch_levels(n_sequences: int) -> tuple[int, ...]:
@@ -239,10 +339,35 @@ def _batch_levels(n_sequences: int) -> tuple[int, ...]:
 
 
 def _plan(
-    problem: _Problem, layout: _Layout, hosts: Mapping[str, int], model_id: str, model_name: str, reason: str
+    problem: _Problem,
+    layout: _Layout,
+    named: Mapping[str, Cut],
+    hosts: Mapping[str, int],
+    model_id: str,
+    model_name: str,
+    reason: str,
 ) -> Plan:
-    costs, cut = problem.costs, layout.cut
-    kv_blocks = min(layout.room, problem.max_blocks)
+    replicas = tuple(_replica(problem, layout.tables, name, cut) for name, cut in named.items())
+    total = sum(replica.predicted_tokens_per_s for replica in replicas)
+    return Plan(
+        model_id=model_id,
+        model_name=model_name,
+        n_layers=problem.costs.spec.n_layers,
+        dtype=problem.costs.dtype,
+        max_model_tokens=problem.max_model_tokens,
+        hosts=dict(hosts),
+        replicas=replicas,
+        flows=tuple(
+            Flow(src=replica.id, dst=replica.id, share=replica.predicted_tokens_per_s / total)
+            for replica in replicas
+        ),
+        unused=_unused(problem, layout, hosts),
+        reason=reason,
+    )
+
+
+def _replica(problem: _Problem, tables: Tables, name: str, cut: Cut) -> Replica:
+    costs, kv_blocks = problem.costs, min(tables.room_of(cut), problem.max_blocks)
     stages = tuple(
         Stage(
             node=problem.places[place].node.id,
@@ -252,42 +377,30 @@ def _plan(
             kv_blocks=kv_blocks,
             needed_bytes=costs.needed_bytes(start, stop, kv_blocks, problem.places[place].device.kind),
             room_bytes=problem.places[place].device.budget_bytes,
-            predicted_step_s=float(layout.tables.step_s[cut.batch, place, start, stop]),
+            predicted_step_s=float(tables.step_s[cut.batch, place, start, stop]),
         )
         for place, start, stop in cut.spans()
     )
-    replica = Replica(
-        id=_REPLICA,
+    return Replica(
+        id=name,
         role="mixed",
         stages=stages,
         block_tokens=costs.block_tokens,
-        predicted_tokens_per_s=layout.rate,
-        predicted_batch=layout.tables.batches[cut.batch],
-    )
-    return Plan(
-        model_id=model_id,
-        model_name=model_name,
-        n_layers=costs.spec.n_layers,
-        dtype=costs.dtype,
-        max_model_tokens=problem.max_model_tokens,
-        hosts=dict(hosts),
-        replicas=(replica,),
-        flows=(Flow(src=_REPLICA, dst=_REPLICA, share=1.0),),
-        unused=_unused(problem, layout, hosts),
-        reason=reason,
+        predicted_tokens_per_s=tables.rate_of(cut),
+        predicted_batch=tables.batches[cut.batch],
     )
 
 
 def _unused(problem: _Problem, layout: _Layout, hosts: Mapping[str, int]) -> tuple[Unused, ...]:
     index = {(place.node.id, place.device.index): at for at, place in enumerate(problem.places)}
-    used = {problem.places[at] for at in layout.cut.order}
+    used = {problem.places[at] for cut in layout.cuts for at in cut.order}
 
     def why(place: Place) -> str:
         at = index.get((place.node.id, place.device.index))
         if at is not None:
             return _why_not_needed(layout, at)
         if place in problem.usable:
-            return too_small(problem.costs, place.device, problem.floors[-1])
+            return too_small(problem.costs, place.device, problem.floors[0])
         return why_unusable(place.node.id, hosts)
 
     everywhere = [Place(node, device) for node in problem.cluster.nodes for device in node.devices]
@@ -299,30 +412,38 @@ def _unused(problem: _Problem, layout: _Layout, hosts: Mapping[str, int]) -> tup
 
 
 def _why_not_needed(layout: _Layout, at: int) -> str:
-    tables, rate = layout.tables, layout.rate
-    rate_with, n_stages = layout.found.rate_with[at]
+    rate = layout.rate
+    rate_with, n_stages = layout.search.rate_with.get(at, (layout.search.best_rate, 0))
+    possible, _ = layout.possible.rate_with.get(at, (layout.possible.best_rate, 0))
+    if layout.search is not layout.possible and possible > max(rate, rate_with):
+        return f"too little memory for sequences of {layout.floor_tokens} tokens, as every replica holds"
     if rate_with <= 0.0:
-        others = [other for other in layout.cut.order if other != at]
-        is_linked = any(
-            max(tables.hop_s[0, at, one], tables.hop_s[0, one, at]) < float("inf") for one in others
-        )
         return (
             "no cut of the layers fits it together with its neighbours"
-            if is_linked
+            if _is_linked(layout, at)
             else "no measured link joins it to the devices in use, both ways"
         )
     instead = f"at best {_show(rate_with)} instead of {_show(rate)} tokens/s"
-    if n_stages > len(layout.cut.order):
+    if n_stages > layout.n_stages:
         return f"adds a hop: {instead}" if rate_with < rate else f"too little gain for another hop: {instead}"
     return f"no gain in place of another: {instead}"
 
 
-def _kept_note(problem: _Problem, new: _Layout, kept: _Layout) -> str:
-    if new.cut.order == kept.cut.order and new.cut.bounds == kept.cut.bounds:
-        return "the layout is as before"
+def _is_linked(layout: _Layout, at: int) -> bool:
+    hop_s = layout.tables.hop_s[0]
+    others = [other for cut in layout.cuts for other in cut.order]
+    return any(max(hop_s[at, other], hop_s[other, at]) < float("inf") for other in others)
+
+
+def _kept_note(best: _Layout, kept: _Layout, present: Sequence[_Present]) -> str:
+    n_stay = sum(one.is_in(kept.cuts) for one in present)
+    is_as_before = n_stay == len(present) == _n(kept)
+    if _n(kept) == _n(best) and all(_Present(cut.order, cut.bounds).is_in(best.cuts) for cut in kept.cuts):
+        return "the layout is as before" if is_as_before else f"{n_stay} of the replicas stay where they are"
+    what = "kept the present layout" if is_as_before else f"kept {n_stay} of the replicas where they are"
     return (
-        f"kept the present layout: another would give {_show(new.rate)} instead of {_show(kept.rate)} "
-        f"tokens/s, less than {round((KEEP_GAIN - 1) * 100)} % more"
+        f"{what}: another layout would give {_show(best.rate)} instead of {_show(kept.rate)} tokens/s, less "
+        f"than {round((KEEP_GAIN - 1) * 100)} % more"
     )
 
 

@@ -7,7 +7,7 @@ infinity, and so does a hop between nodes without a measured link.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -29,6 +29,21 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """A pipeline: stage i is layers [bounds[i], bounds[i + 1]) on place order[i]."""
+
+    order: tuple[int, ...]
+    bounds: tuple[int, ...]
+    batch: int
+    """The batch level."""
+    cycle_s: float
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(place, start, stop) of every stage."""
+        return [(place, *span) for place, span in zip(self.order, pairwise(self.bounds), strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tables:
     """One layout problem. `n_layers` layers go over some of `places`, in some order."""
 
@@ -44,10 +59,25 @@ class Tables:
     return_s: Seconds
     """(n_places, n_places): from the last, to the first"""
 
-    def rate(self, batch: int, cycle_s: Seconds) -> Seconds:
-        """Tokens per second of cycles at a batch level; 0 where the cycle is infinite."""
-        rates: Seconds = self.batches[batch] / cycle_s
-        return rates
+    def only(self, places: Sequence[int]) -> Tables:
+        """The same problem over some of the places, in the order given."""
+        kept = list(places)
+        return replace(
+            self,
+            places=tuple(self.places[place] for place in kept),
+            room_blocks=self.room_blocks[kept],
+            step_s=self.step_s[:, kept],
+            hop_s=self.hop_s[:, kept][:, :, kept],
+            return_s=self.return_s[kept][:, kept],
+        )
+
+    def rate_of(self, cut: Cut) -> float:
+        """Tokens per second of a pipeline."""
+        return self.batches[cut.batch] / cut.cycle_s
+
+    def room_of(self, cut: Cut) -> int:
+        """KV blocks that the tightest stage of a pipeline has room for."""
+        return min(int(self.room_blocks[span]) for span in cut.spans())
 
     def network_s(self, batch: int, order: Sequence[int]) -> float:
         """Hops and the way back of a pipeline over `order`."""
@@ -80,7 +110,13 @@ def build_tables(
     needed_blocks: Sequence[int],
     context_tokens: int,
 ) -> Tables:
-    """Tables in which a stage at batch level i must have room for needed_blocks[i] KV blocks."""
+    """Tables in which a stage at batch level i must have room for needed_blocks[i] KV blocks.
+
+    A level is left out where a larger one has the same cuts: rates grow with the batch.
+    """
+    fits = [room >= n_blocks for n_blocks in needed_blocks]
+    kept = [at for at, fit in enumerate(fits) if at + 1 == len(fits) or (fit != fits[at + 1]).any()]
+    batches, needed_blocks = [batches[at] for at in kept], [needed_blocks[at] for at in kept]
     step_s = np.stack([_steps(costs, places, batch, context_tokens) for batch in batches])
     needed = np.array(needed_blocks, dtype=np.int64)[:, None, None, None]
     return Tables(

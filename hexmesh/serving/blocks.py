@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class BlockPool:
-    """Hands out block ids 0 .. n_blocks - 1; owned by one batcher."""
+    """Hands out block ids 0 .. n_blocks - 1 to a batcher, or to two while a plan gives way to the next."""
 
     def __init__(self, n_blocks: int, block_tokens: int) -> None:
         self.n_blocks = n_blocks

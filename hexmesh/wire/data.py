@@ -141,6 +141,8 @@ class ReplicaStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     kv_blocks_free: int
     tokens_per_s: float
     stage_busy: list[float]
+    is_broken: bool = False
+    """It runs nothing any more: requests go to other replicas, or wait for another plan."""
 
 
 DATA_MESSAGE = (

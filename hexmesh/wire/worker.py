@@ -31,6 +31,8 @@ class LoadStage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     dtype: DtypeName
     kv_blocks: int
     block_tokens: int
+    pool: str
+    """Stages with the same layers, blocks and pool share their KV memory."""
     budget_bytes: int
     """Room for everything this worker holds."""
 

@@ -68,6 +68,7 @@ def order(folder: Path, stage: str, start: int, stop: int, **changes: Any) -> Lo
         "dtype": "float32",
         "kv_blocks": 16,
         "block_tokens": 8,
+        "pool": stage,
         "budget_bytes": 2**30,
     }
     return LoadStage(stage=stage, start=start, stop=stop, **{**fields, **changes})

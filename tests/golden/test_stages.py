@@ -117,6 +117,7 @@ def load_stages(folder: Path, cuts: list[int], dtype: str = "float32") -> list[S
 
 def load_order(folder: Path, start: int, stop: int, dtype: str = "float32") -> LoadStage:
     return LoadStage(
+        pool="",
         stage=f"{start}-{stop}",
         model_dir=str(folder),
         model_id="tiny",

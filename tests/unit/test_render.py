@@ -167,6 +167,33 @@ def test_status() -> None:
     )
 
 
+@pytest.mark.parametrize(("n_whole", "said"), [(3, "3\n"), (2, "2 of 3 are whole\n")])
+def test_status_of_several_replicas(n_whole: int, said: str) -> None:
+    status = msgspec.structs.replace(view(recorded.STATUS, StatusView), replicas=3, replicas_whole=n_whole)
+    assert f"replicas     {said}" in plain_text(status_view(status, NAMES))
+
+
+def test_several_replicas_and_their_shares() -> None:
+    (one,) = recorded.TOPOLOGY["replicas"]
+    document = recorded.TOPOLOGY | {
+        "replicas": [one, one | {"id": "r1", "is_whole": False}],
+        "flows": [{"from": "r0", "to": "r0", "share": 0.75}, {"from": "r1", "to": "r1", "share": 0.25}],
+    }
+    lines = plain_text(topology_view(view(document, TopologyView))).splitlines()
+    assert ["BROKEN  predicted" in line for line in lines if line.startswith("PIPELINE")] == [False, True]
+    assert [line for line in lines if line.endswith("of requests")] == [
+        "  r0  75% of requests",
+        "  r1  25% of requests",
+    ]
+
+
+def test_the_plan_of_several_replicas_names_each_devices() -> None:
+    devices = [device | {"replica": f"r{at}"} for at, device in enumerate(recorded.PLAN["devices"])]
+    text = plain_text(plan_view(view(recorded.PLAN | {"devices": devices}, PlanView)))
+    assert "NODE     DEVICE  REPLICA  LAYERS  " in text
+    assert "tokyo-1  0       r0       0-3     " in text
+
+
 def test_members_are_not_cut_in_a_narrow_terminal() -> None:
     assert plain_text(members_table(view(recorded.MEMBERS, list[MemberView])), width=60) == (
         "NAME     ID        ADDRESS        SITE   STATE  ROLES        AGE     RTT     VERSION\n"

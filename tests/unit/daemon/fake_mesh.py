@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 from array import array
-from collections.abc import AsyncIterator, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -69,21 +71,27 @@ class FakeWorker:
         self.may_run = asyncio.Event()
         self.may_run.set()
         self.n_steps = 0
+        self.defers_pools = False
+        """Whether there is no room for a second pool."""
+        self._pool_names: dict[str, str] = {}
         self._pools: dict[str, dict[tuple[int, int], int]] = {}
 
     async def load(self, order: LoadStage) -> StageLoaded:
-        self._pools[order.stage] = {}
+        self._pool_names[order.stage] = order.pool
+        self._pools.setdefault(order.pool, {})
         return StageLoaded(
             stage=order.stage,
             load_s=0.0,
             weight_bytes=0,
             pool_bytes=0,
-            pool_deferred=False,
+            pool_deferred=self.defers_pools and order.pool == order.stage,
             n_layers_reused=0,
         )
 
     def drop(self, stage: str) -> None:
-        self._pools.pop(stage, None)
+        pool = self._pool_names.pop(stage, None)
+        if pool is not None and pool not in self._pool_names.values():
+            del self._pools[pool]
 
     async def run_step(self, order: RunStep, payload: bytes) -> tuple[StepDone, bytes]:
         await self.may_run.wait()
@@ -91,7 +99,7 @@ class FakeWorker:
         if self.is_dead:
             raise Lost("the fake worker is dead")
         self.n_steps += 1
-        pool = self._pools[order.stage]
+        pool = self._pools[self._pool_names[order.stage]]
         tokens = array("q", bytes(payload))
         sampled = []
         for row in order.rows:
@@ -116,6 +124,7 @@ class FakeNode:
     mesh: FakeMesh
     worker: FakeWorker = field(default_factory=FakeWorker)
     is_cut: bool = False
+    broken: set[tuple[Epoch, str]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.gateway = Gateway(
@@ -156,11 +165,21 @@ class FakeNode:
     def send(self, to: str, message: msgspec.Struct, payload: Any = b"", *, channel: str = "data") -> bool:
         return self.mesh.deliver(self, to, message, payload)
 
-    def route(self) -> Route | None:
+    def route(self, avoid: Set[tuple[Epoch, str]]) -> Route | None:
         held = self.epochs.committed
+        if held is None:
+            return None
         gone = {node.id for node in self.mesh.nodes.values() if node.is_cut}
-        replica = choose_replica(held.plan, {}, gone) if held is not None else None
-        if held is None or replica is None:
+        routes = [flight.route for flight in self.gateway.flights() if flight.route is not None]
+        replica = choose_replica(
+            held.plan,
+            n_requests=Counter(route.replica for route in routes if route.epoch == held.epoch),
+            lost_nodes=gone,
+            avoid={replica for epoch, replica in avoid | self.broken if epoch == held.epoch},
+            here=self.id,
+            rng=self.mesh.rng,
+        )
+        if replica is None:
             return None
         nodes = frozenset(stage.node for stage in replica.stages)
         return Route(held.epoch, replica.id, replica.driver, nodes)
@@ -179,6 +198,8 @@ class FakeNode:
             case Generated() | GenerateFailed():
                 self.gateway.on_message(message)
             case ReplicaStats():
+                if message.is_broken:
+                    self.broken.add((message.epoch, message.replica))
                 self.epochs.on_stats(message)
             case _:
                 raise AssertionError(message)
@@ -215,6 +236,7 @@ class FakeMesh:
     def __init__(self, names: str, group: asyncio.TaskGroup) -> None:
         self.group = group
         self.n_recovered = 0
+        self.rng = random.Random(0)
         self.broken: list[str] = []
         self.lose: Any = lambda message: False
         self.n_plans = 0
@@ -235,10 +257,13 @@ class FakeMesh:
         return True
 
     async def commit(self, cut: str, *, kv_blocks: int = 64) -> None:
-        """Plan eight layers evenly over the nodes of `cut`, load and commit everywhere that is alive."""
+        """Plan eight layers evenly over the nodes of `cut`, load and commit everywhere that is alive.
+
+        Several replicas are separated by blanks: "ab cd".
+        """
         self.n_plans += 1
         epoch = Epoch(ballot=Ballot(term=1, rank=0, node="a", boot=1), n=self.n_plans)
-        plan = encode_plan(one_replica(cut, kv_blocks, hosts=self.nodes))
+        plan = encode_plan(even_plan(cut.split(), kv_blocks, hosts=self.nodes))
         alive = [node for node in self.nodes.values() if not node.is_cut]
         for node in alive:
             node.epochs.prepare(epoch, plan)
@@ -286,8 +311,20 @@ class FakeMesh:
             await cast(Any, parts).aclose()
 
 
-def one_replica(cut: str, kv_blocks: int, hosts: Iterable[str]) -> Plan:
-    """Eight layers, as evenly as they go over the named nodes."""
+def even_plan(cuts: list[str], kv_blocks: int, hosts: Iterable[str]) -> Plan:
+    """A replica for each cut: eight layers, as evenly as they go over the named nodes."""
+    return Plan(
+        model_id="m",
+        model_name="m",
+        n_layers=8,
+        dtype="float32",
+        max_model_tokens=256,
+        hosts=dict.fromkeys(hosts, 1),
+        replicas=tuple(even_replica(f"r{at}", cut, kv_blocks) for at, cut in enumerate(cuts)),
+    )
+
+
+def even_replica(name: str, cut: str, kv_blocks: int) -> Replica:
     stages = tuple(
         Stage(
             node=node,
@@ -301,22 +338,13 @@ def one_replica(cut: str, kv_blocks: int, hosts: Iterable[str]) -> Plan:
         )
         for index, node in enumerate(cut)
     )
-    replica = Replica(
-        id="r0",
+    return Replica(
+        id=name,
         role="mixed",
         stages=stages,
         block_tokens=BLOCK_TOKENS,
         predicted_tokens_per_s=1.0,
         predicted_batch=1,
-    )
-    return Plan(
-        model_id="m",
-        model_name="m",
-        n_layers=8,
-        dtype="float32",
-        max_model_tokens=256,
-        hosts=dict.fromkeys(hosts, 1),
-        replicas=(replica,),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -41,6 +42,7 @@ def residency() -> Residency:
 def order(folder: Path, stage: str, start: int, stop: int, budget_bytes: int = 2**30) -> LoadStage:
     return LoadStage(
         stage=stage,
+        pool=stage,
         model_dir=str(folder),
         model_id="tiny",
         start=start,
@@ -176,6 +178,44 @@ def test_pool_waits_for_another_stage_to_go(residency: Residency, folder: Path) 
     assert isinstance(residency.find("old"), Stage)
     assert residency.drop("old") == [Promotion("new", None)]
     assert next_token(found(residency, "new")) >= 0
+
+
+def test_the_same_stage_of_two_plans_needs_one_pool(residency: Residency, folder: Path) -> None:
+    """With room for one pool alone, a sequence of the old plan goes on, and in the new one too."""
+    room_bytes = _needed(residency.load(order(folder, "old", 0, 5))) + 2048
+    expected = next_token(found(residency, "old"))
+
+    new = residency.load(with_pool(order(folder, "new", 0, 5, budget_bytes=room_bytes), "old"))
+
+    assert (new.pool_deferred, new.n_layers_reused) == (False, 5)
+    assert found(residency, "new").pool is found(residency, "old").pool
+    assert residency.drop("old") == []
+    row = Row(start=4, n_tokens=1, blocks=[3, 1], sample=SamplingParams())
+    output = found(residency, "new").run([row], torch.tensor(PROMPT[4:]))
+    assert output.sampled[0].token_id == expected, "KV that the old stage wrote is gone"
+
+
+def test_a_pool_goes_with_the_last_stage_that_uses_it(residency: Residency, folder: Path) -> None:
+    residency.load(order(folder, "old", 0, 3))
+    residency.load(with_pool(order(folder, "new", 0, 3), "old"))
+    stage_in_use = found(residency, "new")
+    stage_in_use.run([Row(start=0, n_tokens=1, blocks=[0])], torch.tensor([5]))
+    for stage in ("old", "new"):
+        residency.drop(stage)
+
+    residency.load(with_pool(order(folder, "later", 0, 3), "old"))
+
+    assert not found(residency, "later").pool.layer(0).k.any()
+
+
+def test_other_layers_share_no_pool_whatever_its_name(residency: Residency, folder: Path) -> None:
+    residency.load(order(folder, "old", 0, 3))
+    residency.load(with_pool(order(folder, "new", 0, 4), "old"))
+    assert found(residency, "new").pool is not found(residency, "old").pool
+
+
+def with_pool(load: LoadStage, pool: str) -> LoadStage:
+    return msgspec.structs.replace(load, pool=pool)
 
 
 def test_weights_wait_too_where_not_even_they_fit(residency: Residency, folder: Path) -> None:

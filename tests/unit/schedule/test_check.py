@@ -30,9 +30,7 @@ SPEC = model_spec_from_config(
 
 
 def _cluster() -> Cluster:
-    device = Device(
-        index=0, kind="cpu", name="cpu", budget_bytes=10 * MIB, flops_per_s=1e11, bytes_per_s=2e10
-    )
+    device = Device(index=0, kind="cpu", name="cpu", budget_bytes=6 * MIB, flops_per_s=1e11, bytes_per_s=2e10)
     nodes = tuple(Node(id=name, name=name, site="s", devices=(device,)) for name in "abc")
     links = tuple(
         Link(src=src, dst=dst, rtt_p50_s=1e-3, rtt_p95_s=1e-3, bytes_per_s=1e8, lower_bound=False)
@@ -73,6 +71,14 @@ def _with_second(**fields: object) -> Callable[[Plan], Plan]:
     return _with_stages(lambda stages: [stages[0], msgspec.structs.replace(stages[1], **fields)])
 
 
+def _with_another(plan: Plan, node: str, stop: int = 8) -> Plan:
+    """The plan with a replica of one stage beside its own."""
+    (replica,) = plan.replicas
+    stage = msgspec.structs.replace(replica.stages[0], node=node, start=0, stop=stop)
+    another = msgspec.structs.replace(replica, id="r1", stages=(stage,))
+    return msgspec.structs.replace(plan, replicas=(replica, another), unused=())
+
+
 def _with(**fields: object) -> Callable[[Plan], Plan]:
     return lambda plan: msgspec.structs.replace(plan, **fields)
 
@@ -95,7 +101,7 @@ def test_a_sound_plan_has_no_faults() -> None:
         (_with_second(devices=()), "layers [4, 8) on b: no device"),
         (
             _with_second(needed_bytes=11 * MIB),
-            "layers [4, 8) on b: needs 11534336 bytes, device 0 has 10485760",
+            "layers [4, 8) on b: needs 11534336 bytes, device 0 has 6291456",
         ),
         (_with_second(needed_bytes=1000), "layers [4, 8) on b: says 1000 bytes, weights and KV alone are "),
         (_with_second(kv_blocks=7), "r0: 7 KV blocks do not hold a sequence of 128 tokens"),
@@ -113,6 +119,8 @@ def test_a_sound_plan_has_no_faults() -> None:
             "flow from r0 to r0 has share 1.5",
         ),
         (lambda plan: _with(replicas=plan.replicas * 2)(plan), "two replicas have the same id"),
+        (lambda plan: _with_another(plan, "a"), "device 0 of a is used 2 times"),
+        (lambda plan: _with_another(plan, "c", stop=7), "r1: stages end at layer 7 of 8"),
     ],
 )
 def test_a_fault_is_named(change: Callable[[Plan], Plan], said: str) -> None:

@@ -141,28 +141,46 @@ def _cycle_s(
     return seconds
 
 
-def _best_rate(cluster: Cluster, spec: ModelSpec, workload: Workload, max_model_tokens: int) -> float:
-    """The best decode rate of all ordered subsets, cuts and batch levels; 0 if nothing fits."""
+def _best_rates(
+    cluster: Cluster, spec: ModelSpec, workload: Workload, max_model_tokens: int, floor_tokens: int
+) -> dict[frozenset[tuple[str, int]], float]:
+    """The best decode rate over all devices of each set: of all orders, cuts and batch levels."""
     costs = _costs(spec, workload, max_model_tokens)
     context = min(workload.mean_context_tokens, max_model_tokens)
     devices = [(node, device) for node in cluster.nodes for device in node.devices]
     batches = [1 << power for power in range(10) if 1 << power <= workload.max_concurrent_sequences]
-    best = 0.0
+    best: dict[frozenset[tuple[str, int]], float] = {}
     for n_stages in range(1, len(devices) + 1):
         for order in itertools.permutations(devices, n_stages):
+            members = frozenset((node.id, device.index) for node, device in order)
             for bounds in _compositions(spec.n_layers, n_stages):
                 room = min(
                     costs.room_blocks(start, stop, device)
                     for (_, device), start, stop in zip(order, bounds, bounds[1:], strict=False)
                 )
                 for batch in batches:
-                    if room < max(costs.blocks_of(max_model_tokens), batch * costs.blocks_of(context)):
+                    if room < max(costs.blocks_of(floor_tokens), batch * costs.blocks_of(context)):
                         break
                     cycle_s = _cycle_s(cluster, costs, order, bounds, batch, context)
                     if cycle_s is None:
                         break
-                    best = max(best, batch / cycle_s)
+                    best[members] = max(best.get(members, 0.0), batch / cycle_s)
     return best
+
+
+def _best_sum(rates: dict[frozenset[tuple[str, int]], float]) -> float:
+    """The greatest sum over disjoint sets of devices; 0 if none holds the model."""
+    return max(
+        (
+            rate + _best_sum({other: its for other, its in rates.items() if not other & members})
+            for members, rate in rates.items()
+        ),
+        default=0.0,
+    )
+
+
+def _total(plan: Plan) -> float:
+    return sum(replica.predicted_tokens_per_s for replica in plan.replicas)
 
 
 def _random_case(seed: int) -> tuple[Cluster, ModelSpec, Workload]:
@@ -198,70 +216,103 @@ def _random_case(seed: int) -> tuple[Cluster, ModelSpec, Workload]:
 
 
 @pytest.mark.parametrize("first_seed", range(0, 200, 20))
-def test_rate_equals_brute_force(first_seed: int) -> None:
+def test_the_sum_of_rates_equals_brute_force(first_seed: int) -> None:
     for seed in range(first_seed, first_seed + 20):
         cluster, spec, workload = _random_case(seed)
-        best = _best_rate(cluster, spec, workload, 96)
+        rates = _best_rates(cluster, spec, workload, 96, 96)
         result = _lay_out(cluster, spec, workload, max_model_tokens=96, tolerance=0.0)
-        if best == 0.0:
+        if not rates:
             assert isinstance(result, NoFit), f"seed {seed}"
             continue
-        plan = _plan(result)
-        assert plan.replicas[0].predicted_tokens_per_s == pytest.approx(best, rel=1e-9), f"seed {seed}"
+        plan, best = _plan(result), _best_sum(rates)
+        assert _total(plan) == pytest.approx(best, rel=1e-9), f"seed {seed}"
         assert check_plan(plan, cluster, spec, workload) == [], f"seed {seed}"
         near = _plan(_lay_out(cluster, spec, workload, max_model_tokens=96))
-        assert near.replicas[0].predicted_tokens_per_s >= 0.99 * best * (1 - 1e-9), f"seed {seed}"
-        assert len(near.replicas[0].stages) <= len(plan.replicas[0].stages), f"seed {seed}"
+        assert _total(near) >= 0.99 * best * (1 - 1e-9), f"seed {seed}"
+        assert len(near.replicas) >= len(plan.replicas), f"seed {seed}"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_sequences_are_as_long_as_costs_a_fifth_at_most(seed: int) -> None:
+    cluster, spec, workload = _random_case(seed)
+    must = workload.prompt_tokens + workload.output_tokens
+    sums = {
+        floor: _best_sum(_best_rates(cluster, spec, workload, 1024, floor))
+        for floor in {must, *(1024 >> halvings for halvings in range(4))}
+        if floor >= must
+    }
+    result = _lay_out(cluster, spec, workload, max_model_tokens=1024, tolerance=0.0)
+    if not sums[must]:
+        assert isinstance(result, NoFit)
+        return
+    longest = max(floor for floor, rate in sums.items() if rate >= 0.8 * sums[must])
+    plan = _plan(result)
+    assert _total(plan) == pytest.approx(sums[longest], rel=1e-9)
+    assert all(replica.kv_blocks * BLOCK_TOKENS >= longest for replica in plan.replicas)
 
 
 def test_the_cases_are_not_all_easy() -> None:
-    """Some fit nowhere, some on one device, some need several."""
-    sizes = set()
+    """Some fit nowhere, some on one device, some need several, some hold several replicas."""
+    shapes = set()
     for seed in range(200):
         result = _lay_out(*_random_case(seed), max_model_tokens=96)
-        sizes.add(len(result.replicas[0].stages) if isinstance(result, Plan) else 0)
-    assert sizes == {0, 1, 2, 3, 4}
+        replicas = result.replicas if isinstance(result, Plan) else ()
+        shapes.add(tuple(sorted(len(replica.stages) for replica in replicas)))
+    assert shapes >= {(), (1,), (2,), (3,), (4,), (1, 1), (1, 2), (1, 1, 1), (1, 1, 2), (1, 3), (2, 2)}
 
 
 def test_prediction_is_the_cost_of_the_plan() -> None:
     for seed in range(40):
         cluster, spec, workload = _random_case(seed)
         result = _lay_out(cluster, spec, workload, max_model_tokens=96)
-        if isinstance(result, NoFit):
-            continue
-        replica = result.replicas[0]
-        order = tuple(
-            (cluster.node(stage.node), cluster.node(stage.node).devices[stage.devices[0]])
-            for stage in replica.stages
-        )
-        bounds = (0, *(stage.stop for stage in replica.stages))
-        context = min(96, workload.mean_context_tokens)
-        cycle_s = _cycle_s(
-            cluster, _costs(spec, workload, 96), order, bounds, replica.predicted_batch, context
-        )
-        assert cycle_s is not None
-        assert replica.predicted_tokens_per_s == pytest.approx(replica.predicted_batch / cycle_s, rel=1e-9)
+        for replica in result.replicas if isinstance(result, Plan) else ():
+            order = tuple(
+                (cluster.node(stage.node), cluster.node(stage.node).devices[stage.devices[0]])
+                for stage in replica.stages
+            )
+            bounds = (0, *(stage.stop for stage in replica.stages))
+            context = min(96, workload.mean_context_tokens)
+            cycle_s = _cycle_s(
+                cluster, _costs(spec, workload, 96), order, bounds, replica.predicted_batch, context
+            )
+            assert cycle_s is not None
+            assert replica.predicted_tokens_per_s == pytest.approx(
+                replica.predicted_batch / cycle_s, rel=1e-9
+            )
 
 
-def test_many_devices_chain_search_is_close_to_exact() -> None:
+@pytest.mark.parametrize("max_devices", [0, 2, 3])
+def test_many_devices_are_searched_close_to_exactly(max_devices: int) -> None:
     ratios = []
     for seed in range(60):
         cluster, spec, workload = _random_case(seed)
         exact = _lay_out(cluster, spec, workload, max_model_tokens=96, tolerance=0.0)
-        chained = _lay_out(cluster, spec, workload, max_model_tokens=96, tolerance=0.0, max_devices=0)
-        if isinstance(chained, Plan):
-            assert check_plan(chained, cluster, spec, workload) == []
-            rate = _plan(exact).replicas[0].predicted_tokens_per_s
-            ratios.append(chained.replicas[0].predicted_tokens_per_s / rate)
+        greedy = _lay_out(
+            cluster, spec, workload, max_model_tokens=96, tolerance=0.0, max_devices=max_devices
+        )
+        if isinstance(greedy, Plan):
+            assert check_plan(greedy, cluster, spec, workload) == []
+            ratios.append(_total(greedy) / _total(_plan(exact)))
     assert max(ratios) <= 1 + 1e-9
-    assert sum(ratio > 0.99 for ratio in ratios) > 0.8 * len(ratios)
+    assert sum(ratio > 0.9 for ratio in ratios) > 0.8 * len(ratios)
 
 
 def test_more_devices_than_the_exact_search_takes() -> None:
-    cluster = _mesh(*(_node(f"n{index}", 6 * MIB) for index in range(chains.MAX_CHAINS + 4)))
+    cluster = _mesh(*(_node(f"n{index:03d}", 6 * MIB) for index in range(100)))
     plan = _plan(_lay_out(cluster, _spec(), Workload(prompt_tokens=64, output_tokens=64)))
     assert check_plan(plan, cluster, _spec()) == []
-    assert len(plan.unused) == len(cluster.nodes) - len(plan.replicas[0].stages)
+    n_used = sum(len(replica.stages) for replica in plan.replicas)
+    assert len(plan.unused) == 100 - n_used
+    assert len(plan.replicas) >= 32
+
+
+def test_a_model_that_no_group_of_devices_holds_gets_one_long_pipeline() -> None:
+    spec = _spec(24, vocab=100)
+    cluster = _mesh(*(_node(f"n{index:02d}", int(2.2 * MIB)) for index in range(30)))
+    plan = _plan(_lay_out(cluster, spec, SHORT))
+    assert check_plan(plan, cluster, spec) == []
+    assert all(8 < len(replica.stages) <= chains.MAX_STAGES for replica in plan.replicas)
+    assert len(plan.unused) == 30 - sum(len(replica.stages) for replica in plan.replicas)
 
 
 # --- what the operator sees ---
@@ -305,7 +356,7 @@ def test_equal_nodes_get_about_equal_shares() -> None:
 
 
 def test_one_node_that_holds_all_works_alone_and_says_why() -> None:
-    cluster = _mesh(_node("a", 64 * MIB), _node("b", 64 * MIB), rtt_s=0.02)
+    cluster = _mesh(_node("a", 64 * MIB), _node("b", 5 * MIB), rtt_s=0.02)
     plan = _plan(_lay_out(cluster, _spec(), SHORT))
     assert _cut(plan) == [("a", 0, 0, 8)]
     (unused,) = plan.unused
@@ -417,9 +468,9 @@ def test_kv_fills_the_budget_but_never_beyond_what_can_be_used() -> None:
 
 
 def test_longer_sequences_are_made_room_for_where_that_is_cheap() -> None:
-    """One node alone is fastest and holds 128 tokens; two hold the model's 2048."""
+    """One node holds the model and 128 tokens, the other not even the model; both hold the model's 2048."""
     spec = _spec()
-    nodes = _node("a", 12 * MIB, bytes_per_s=2e9), _node("b", 12 * MIB, bytes_per_s=2e9)
+    nodes = _node("a", 12 * MIB, bytes_per_s=2e9), _node("b", 8 * MIB, bytes_per_s=2e9)
     near, far = _mesh(*nodes, rtt_s=1e-5), _mesh(*nodes, rtt_s=0.5)
     workload = Workload(prompt_tokens=64, output_tokens=64, max_concurrent_sequences=1)
     costs = _costs(spec, workload, 2048)
@@ -444,6 +495,9 @@ def test_the_same_input_gives_the_same_plan_whatever_the_order_of_nodes() -> Non
 
 # --- re-planning ---
 
+HALF = int(7.1 * MIB)
+"""Room for seven of the eight layers and a sequence of 256 tokens."""
+
 
 def _with_speed(cluster: Cluster, node_id: str, factor: float) -> Cluster:
     nodes = tuple(
@@ -459,7 +513,7 @@ def _with_speed(cluster: Cluster, node_id: str, factor: float) -> Cluster:
 
 def test_a_small_change_of_speed_moves_nothing() -> None:
     spec = _spec(vocab=100)
-    cluster = _mesh(_node("a", 8 * MIB), _node("b", 8 * MIB))
+    cluster = _mesh(_node("a", HALF), _node("b", HALF))
     before = _plan(_lay_out(cluster, spec, SHORT))
     drifted = _with_speed(cluster, "b", 1.3)
     assert _cut(_plan(_lay_out(drifted, spec, SHORT, tolerance=0.0))) != _cut(before)
@@ -471,7 +525,7 @@ def test_a_small_change_of_speed_moves_nothing() -> None:
 
 def test_a_large_gain_moves_layers() -> None:
     spec = _spec(vocab=100)
-    cluster = _with_speed(_mesh(_node("a", 8 * MIB), _node("b", 8 * MIB)), "a", 0.01)
+    cluster = _with_speed(_mesh(_node("a", HALF), _node("b", HALF)), "a", 0.01)
     cluster = _with_speed(cluster, "b", 0.01)
     before = _plan(_lay_out(cluster, spec, SHORT))
     faster = _with_speed(cluster, "b", 20.0)
@@ -481,7 +535,7 @@ def test_a_large_gain_moves_layers() -> None:
 
 def test_a_node_that_restarted_is_not_clung_to() -> None:
     spec = _spec(vocab=100)
-    cluster = _mesh(_node("a", 8 * MIB), _node("b", 8 * MIB))
+    cluster = _mesh(_node("a", HALF), _node("b", HALF))
     before = _plan(_lay_out(cluster, spec, SHORT))
     drifted = _with_speed(cluster, "b", 1.3)
     after = lay_out(
