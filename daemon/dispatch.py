@@ -82,6 +82,8 @@ class Dispatcher:
     def on_message(self, src: str, message: msgspec.Struct, payload: Payload) -> None:
         """A message from `src`, which may be this node itself."""
         known = cast(PeerMessage, message)
+        if isinstance(known, Step | StepResult | Generate | Generated):
+            self.links.data_flowed()
         match known:
             case Hello() | Ask() | Grant() | Nack() | Beat() | Ack() | Prepare() | CertMessage() | Yield():
                 self._on_control(src, known)

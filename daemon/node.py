@@ -128,6 +128,8 @@ class Node:
         self, to: str, message: msgspec.Struct, payload: Payload = b"", *, channel: Channel = "data"
     ) -> bool:
         """Queue a message for any node, this one included."""
+        if channel == "data":
+            self._links.data_flowed()
         if to == self.node_id:
             self._loop.call_soon(self._dispatcher.on_message, to, message, payload)
             return True
@@ -169,6 +171,7 @@ class Node:
         self._links = LinkMonitor(
             self,
             rng=self._rng,
+            queued_bytes=lambda node: self._network.queued_bytes(NodeId(node), "probe"),
             on_change=lambda: self._publisher.touch(),
             stopwatch=time.perf_counter,  # uvloop's own clock ticks in whole milliseconds
         )

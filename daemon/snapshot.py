@@ -390,9 +390,10 @@ class MeshState:
         if plan is None:
             return []
         named = [UnusedView(node=one.node, device=one.device, reason=one.reason) for one in plan.unused]
+        members = self.coordination.machine.members(self.loop_time())
         outside = [
             UnusedView(
-                node=record.node, device=facts.device.index, reason="its node is not in the present plan"
+                node=record.node, device=facts.device.index, reason=_why_outside(members.get(record.node))
             )
             for record in self.directory.records()
             if record.node not in plan.hosts
@@ -472,3 +473,9 @@ def _request_view(flight: Flight, now_s: float) -> RequestView:
         attempts=flight.attempt,
         kv_handoff=None,
     )
+
+
+def _why_outside(member: CoordinationMember | None) -> str:
+    """Only the coordinator knows more."""
+    why = member.why_excluded if member is not None else None
+    return why or "its node is not in the present plan"

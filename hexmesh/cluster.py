@@ -40,8 +40,10 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     rtt_p50_s: float
     rtt_p95_s: float
     bytes_per_s: float
+    """What a sustained transfer over one connection reaches, its start left out: the data channel is one connection.
+    On a far link the sender's buffer may allow less than the link would carry over several."""
     lower_bound: bool
-    """The probe ended before it filled the link; the true rate is at least this."""
+    """The probe ended before the rate had stopped rising; the true rate is at least this."""
 
 
 class Cluster(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,32 +1,31 @@
-"""Measures this node's links: pings all the time, and probes of the sustained rate, one at a time per host.
+"""Measures this node's links: pings all the time, and now and then a probe of the sustained rate.
 
-A probe needs both ends' consent: a host that takes part in one answers "busy, later" to all others. When two
-hosts ask each other at once, the one with the smaller id goes first. A first quick probe runs as soon as a
-peer connects, so that a plan need not wait; a full one follows when things have settled.
+A first quick probe runs as soon as a peer connects, so that a plan need not wait; a full one follows when things
+have settled, and again after ever longer times while it finds the same. See `prober` for how probes are made.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NoReturn, assert_never
+from typing import Literal, NoReturn, assert_never
 
 from daemon.courier import Courier, Payload
+from daemon.peering.prober import Prober
 from hexmesh.cluster import Link
-from hexmesh.errors import Lost, TimedOut
+from hexmesh.errors import Busy, Lost
 from hexmesh.ids import short
 from hexmesh.membership.probing import (
     FULL_PROBE,
+    HURRIED_PROBE,
     QUICK_PROBE,
     ProbeBudget,
     RateEstimate,
-    RateProbe,
     RttWindow,
 )
 from hexmesh.membership.records import LinkFacts
@@ -44,25 +43,25 @@ from hexmesh.wire.facts import (
 
 log = logging.getLogger("hexmesh.links")
 
-BURST_PINGS = 16
+BURST_PINGS = 8
 BURST_SPACING_S = 0.005
-PING_PERIOD_S = 2.0
+PING_PERIOD_S = 0.5
+"""So that within some seconds of calm the newest round trips outvote those of a host that was busy."""
 PONG_PATIENCE_S = 2.0
 FULL_AFTER_S = 10.0
 FULL_PERIOD_S = 300.0
-ANSWER_PATIENCE_S = 2.0
-WINDOW_PATIENCE_S = 5.0
-RETRY_S = 0.03
-FULL_QUEUE_PAUSE_S = 0.002
-TURN_LEASE_S = 3.0
-"""A granted turn ends when no chunk came for this long: the asker died."""
+MAX_FULL_PERIOD_S = 3600.0
+SAME = 0.2
+"""A rate within this share of the last one is the same: the next full probe may wait twice as long."""
+RETRY_S = 2.0
+FIRST_PATIENCE_S = 10.0
+"""A link of which nothing is known waits so long for a pause in the data, then is probed beside it."""
 KEEP_S = 60.0
 """A link's figures stay for this long after its connection broke."""
-CHUNK_BYTES = 256 * 1024
-MOVED, MOVED_S = 0.25, 0.001
+MOVED, MOVED_S = 0.1, 0.0005
 """A round-trip time that moved by this share and this much since it was last told is news."""
 
-_FILLER = memoryview(os.urandom(CHUNK_BYTES))
+ProbeResult = Literal["measured", "put off", "lost"]
 
 
 @dataclass(slots=True)
@@ -85,29 +84,6 @@ class _Path:
     all_answered: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-@dataclass(slots=True)
-class _Asking:
-    """This host waits for a peer's answer, or sends to it."""
-
-    node: str
-    probe: int
-    answer: asyncio.Future[ProbeAnswer]
-    is_sending: bool = False
-    window: int = -1
-    report: asyncio.Future[int] | None = None
-
-
-@dataclass(slots=True)
-class _Granted:
-    """This host receives a peer's probe until `until_s`."""
-
-    node: str
-    probe: int
-    until_s: float
-    window: int = 0
-    n_bytes: int = 0
-
-
 class LinkMonitor:
     """Owns what this node has measured of its links, and this host's turn to probe.
 
@@ -120,6 +96,7 @@ class LinkMonitor:
         courier: Courier,
         *,
         rng: random.Random,
+        queued_bytes: Callable[[str], int],
         on_change: Callable[[], None] = lambda: None,
         now_unix_s: Callable[[], float] = time.time,
         stopwatch: Callable[[], float] | None = None,
@@ -136,8 +113,7 @@ class LinkMonitor:
         self._paths: dict[str, _Path] = {}
         self._watchers: dict[tuple[str, int], asyncio.Task[NoReturn]] = {}
         self._peers_changed = asyncio.Event()
-        self._my_turn = asyncio.Lock()
-        self._turn: _Asking | _Granted | None = None
+        self._prober = Prober(courier, queued_bytes=queued_bytes, rng=rng, stopwatch=self._stopwatch)
         self._n_sent = 0
 
     def connected(self, node: str) -> None:
@@ -161,8 +137,7 @@ class LinkMonitor:
             return
         path.is_connected = False
         path.broken_at_s = asyncio.get_running_loop().time()
-        if isinstance(self._turn, _Granted) and self._turn.node == node:
-            self._turn = None
+        self._prober.disconnected(node)
         self._peers_changed.set()
 
     def forget(self, node: str) -> None:
@@ -194,6 +169,10 @@ class LinkMonitor:
             path.rate = RateEstimate(bytes_per_s=rate, lower_bound=True)
             path.measured_at_unix_s = self._now_unix_s()
 
+    def data_flowed(self) -> None:
+        """A request's message was sent or came in just now: probes keep out of its way."""
+        self._prober.data_flowed()
+
     def receive(self, src: str, message: ProbeMessage, payload: Payload = b"") -> None:
         """A message of the probe channel came from `src`."""
         match message:
@@ -201,17 +180,8 @@ class LinkMonitor:
                 self._send(src, Pong(n=message.n))
             case Pong():
                 self._on_pong(src, message)
-            case ProbeAsk():
-                self._on_ask(src, message)
-            case ProbeAnswer():
-                self._on_answer(src, message)
-            case ProbeChunk():
-                self._on_chunk(src, message, len(payload))
-            case ProbeReport():
-                self._on_report(src, message)
-            case ProbeEnd():
-                if isinstance(self._turn, _Granted) and self._is_of(self._turn, src, message.probe):
-                    self._turn = None
+            case ProbeAsk() | ProbeAnswer() | ProbeChunk() | ProbeReport() | ProbeEnd():
+                self._prober.receive(src, message, payload)
             case _:
                 assert_never(message)
 
@@ -237,26 +207,47 @@ class LinkMonitor:
             self._watchers[key] = group.create_task(self._watch(wanted[key]), name=f"link-{short(key[0])}")
 
     async def _watch(self, path: _Path) -> NoReturn:
-        loop = asyncio.get_running_loop()
         while not await self._ping(path, 1):
             pass  # a ping waits for its answer, so this does not spin
         path.is_warm = True
         while path.is_new:
             await self._ping(path, BURST_PINGS)
-        await self._probe(path, QUICK_PROBE)
-        full_at_s = loop.time() + self._full_after_s * self._jitter()
+        await self._first_rate(path)
+        await self._ping_for(path, self._full_after_s)
+        period_s = self._full_period_s
         while True:
+            before = path.rate
+            await self._full_rate(path)
+            period_s = (
+                min(2 * period_s, MAX_FULL_PERIOD_S) if _is_same(before, path.rate) else self._full_period_s
+            )
+            await self._ping_for(path, period_s)
+
+    async def _ping_for(self, path: _Path, duration_s: float) -> None:
+        """Ping now and then for about so long."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + duration_s * self._rng.uniform(0.8, 1.2)
+        while loop.time() < end_s:
             await asyncio.sleep(PING_PERIOD_S)
-            if self._is_free():
+            if self._prober.is_free:
                 await self._ping(path, 1)
                 self._tell_if_moved(path)
-            if loop.time() >= full_at_s:
-                is_done = await self._probe(path, FULL_PROBE)
-                wait_s = self._full_period_s if is_done else self._full_after_s
-                full_at_s = loop.time() + wait_s * self._jitter()
 
-    def _jitter(self) -> float:
-        return self._rng.uniform(0.8, 1.2)
+    async def _first_rate(self, path: _Path) -> None:
+        """A quick figure for the first plan, beside requests when they leave no pause."""
+        loop = asyncio.get_running_loop()
+        hurry_at_s = loop.time() + FIRST_PATIENCE_S
+        while True:
+            is_urgent = path.rate is None and loop.time() >= hurry_at_s
+            budget = HURRIED_PROBE if is_urgent else QUICK_PROBE
+            result = await self._probe(path, budget, is_urgent=is_urgent)
+            if result == "measured":
+                return
+            await self._ping_for(path, RETRY_S if result == "put off" else self._full_after_s)
+
+    async def _full_rate(self, path: _Path) -> None:
+        while await self._probe(path, FULL_PROBE, is_urgent=False) != "measured":
+            await self._ping_for(path, self._full_after_s)
 
     # Round trips
 
@@ -302,143 +293,33 @@ class LinkMonitor:
         path.told_rtt_s = path.rtt.p50_s
         self._on_change()
 
-    # The asking side of a rate probe
+    # Rates
 
-    async def _probe(self, path: _Path, budget: ProbeBudget) -> bool:
-        """Measure the rate to a peer as soon as both hosts are free; False when nothing came of it."""
+    async def _probe(self, path: _Path, budget: ProbeBudget, *, is_urgent: bool) -> ProbeResult:
+        """Measure the rate to a peer as soon as both hosts are free, and tell it."""
         try:
-            async with self._my_turn:
-                asking = await self._win_turn(path.node)
-                try:
-                    estimate = await self._send_windows(asking, RateProbe(budget, path.rtt.p50_s))
-                finally:
-                    self._end_turn(asking)
+            probed = await self._prober.probe(path.node, budget, path.rtt.p50_s, is_urgent=is_urgent)
+        except Busy as error:
+            log.debug("link not measured now peer=%s reason=%s", short(path.node), error.message)
+            return "put off"
         except Lost as error:
             log.info("link not measured peer=%s reason=%s", short(path.node), error.message)
-            return False
+            return "lost"
+        estimate = probed.estimate
         if estimate is None:
-            return False
-        path.rate = estimate
-        path.measured_at_unix_s = self._now_unix_s()
-        self._log_measured(path, estimate)
+            return "put off" if probed.is_cut_short else "lost"
+        if self._is_news(path, estimate, is_brief=probed.is_cut_short or budget is not FULL_PROBE):
+            path.rate = estimate
+            path.measured_at_unix_s = self._now_unix_s()
+            self._log_measured(path, estimate)
         self._tell(path)
-        return True
-
-    async def _win_turn(self, node: str) -> _Asking:
-        """Ask until this host and the peer are both free. Raises TimedOut when the peer does not answer."""
-        while True:
-            await self._until_free()
-            self._n_sent += 1
-            asking = _Asking(node, self._n_sent, asyncio.get_running_loop().create_future())
-            self._turn = asking
-            self._send(node, ProbeAsk(probe=asking.probe))
-            try:
-                async with asyncio.timeout(ANSWER_PATIENCE_S):
-                    answer = await asking.answer
-                asking.is_sending = answer.is_granted
-            except TimeoutError:
-                raise TimedOut(f"no answer within {ANSWER_PATIENCE_S:.0f} s") from None
-            finally:
-                if not asking.is_sending:
-                    self._end_turn(asking)
-            if asking.is_sending:
-                return asking
-            await asyncio.sleep(min(answer.retry_after_s, ANSWER_PATIENCE_S) * self._rng.uniform(0.5, 2.0))
-
-    async def _until_free(self) -> None:
-        while True:
-            if self._is_free():
-                return
-            await asyncio.sleep(RETRY_S * self._rng.uniform(0.1, 1.0))
-
-    def _is_free(self) -> bool:
-        """Whether this host takes part in no probe; a grant that its holder let lapse is over."""
-        if isinstance(self._turn, _Granted) and self._turn.until_s < asyncio.get_running_loop().time():
-            self._turn = None
-        return self._turn is None
-
-    def _end_turn(self, asking: _Asking) -> None:
-        if self._turn is asking:
-            self._turn = None
-        self._send(asking.node, ProbeEnd(probe=asking.probe))
-
-    async def _send_windows(self, asking: _Asking, probe: RateProbe) -> RateEstimate | None:
-        loop = asyncio.get_running_loop()
-        while (n_bytes := probe.next_window_bytes()) is not None:
-            asking.window += 1
-            asking.report = loop.create_future()
-            started_s = self._stopwatch()
-            try:
-                async with asyncio.timeout(WINDOW_PATIENCE_S):
-                    await self._send_window(asking, n_bytes)
-                    n_arrived = await asking.report
-            except TimeoutError:
-                return probe.estimate()
-            if n_arrived != n_bytes:
-                return probe.estimate()
-            probe.record(n_bytes, self._stopwatch() - started_s)
-        return probe.estimate()
-
-    async def _send_window(self, asking: _Asking, n_bytes: int) -> None:
-        while n_bytes > 0:
-            n_now = min(n_bytes, CHUNK_BYTES)
-            n_bytes -= n_now
-            chunk = ProbeChunk(probe=asking.probe, window=asking.window, is_last=n_bytes == 0)
-            await self._send_chunk(asking.node, chunk, _FILLER[:n_now])
-
-    async def _send_chunk(self, node: str, chunk: ProbeChunk, filler: memoryview) -> None:
-        """Queue a chunk. A full queue has no news of room; the window's deadline ends the wait."""
-        while True:
-            if self._send(node, chunk, filler):
-                return
-            await asyncio.sleep(FULL_QUEUE_PAUSE_S)
-
-    def _on_answer(self, src: str, answer: ProbeAnswer) -> None:
-        turn = self._turn
-        if isinstance(turn, _Asking) and self._is_of(turn, src, answer.probe) and not turn.answer.done():
-            turn.answer.set_result(answer)
-        elif answer.is_granted:
-            self._send(src, ProbeEnd(probe=answer.probe))
-
-    def _on_report(self, src: str, report: ProbeReport) -> None:
-        turn = self._turn
-        if not isinstance(turn, _Asking) or not self._is_of(turn, src, report.probe):
-            return
-        if turn.window == report.window and turn.report is not None and not turn.report.done():
-            turn.report.set_result(report.n_bytes)
-
-    # The granting side
-
-    def _on_ask(self, src: str, ask: ProbeAsk) -> None:
-        now_s = asyncio.get_running_loop().time()
-        turn = self._turn
-        if isinstance(turn, _Granted) and (turn.node == src or self._is_free()):
-            turn = None
-        if isinstance(turn, _Asking) and self._gives_way(turn, src):
-            turn.answer.set_result(ProbeAnswer(probe=turn.probe, is_granted=False, retry_after_s=RETRY_S))
-            turn = None
-        if turn is None:
-            self._turn = _Granted(src, ask.probe, now_s + TURN_LEASE_S)
-        self._send(src, ProbeAnswer(probe=ask.probe, is_granted=turn is None, retry_after_s=RETRY_S))
-
-    def _gives_way(self, asking: _Asking, src: str) -> bool:
-        """Two hosts that ask each other would both be busy: the smaller id goes first."""
-        return asking.node == src and not asking.answer.done() and src < self._courier.node_id
-
-    def _on_chunk(self, src: str, chunk: ProbeChunk, n_bytes: int) -> None:
-        turn = self._turn
-        if not isinstance(turn, _Granted) or not self._is_of(turn, src, chunk.probe):
-            return
-        if turn.window != chunk.window:
-            turn.window, turn.n_bytes = chunk.window, 0
-        turn.n_bytes += n_bytes
-        turn.until_s = asyncio.get_running_loop().time() + TURN_LEASE_S
-        if chunk.is_last:
-            self._send(src, ProbeReport(probe=chunk.probe, window=chunk.window, n_bytes=turn.n_bytes))
+        return "put off" if probed.is_cut_short else "measured"
 
     @staticmethod
-    def _is_of(turn: _Asking | _Granted, node: str, probe: int) -> bool:
-        return turn.node == node and turn.probe == probe
+    def _is_news(path: _Path, estimate: RateEstimate, *, is_brief: bool) -> bool:
+        """A lower bound out of a brief probe says nothing against a higher figure."""
+        is_weak = is_brief and estimate.lower_bound
+        return path.rate is None or not is_weak or estimate.bytes_per_s > path.rate.bytes_per_s
 
     def _send(self, node: str, message: ProbeMessage, payload: Payload = b"") -> bool:
         return self._courier.send(node, message, payload, channel="probe")
@@ -467,3 +348,9 @@ class LinkMonitor:
 
 def _is_usable(path: _Path, now_s: float) -> bool:
     return path.is_connected or now_s - path.broken_at_s < KEEP_S
+
+
+def _is_same(before: RateEstimate | None, now: RateEstimate | None) -> bool:
+    if before is None or now is None:
+        return False
+    return abs(now.bytes_per_s - before.bytes_per_s) <= SAME * before.bytes_per_s

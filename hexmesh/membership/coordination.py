@@ -28,6 +28,7 @@ from typing import assert_never
 
 from hexmesh.membership.coordinator import Coordinator, Tools
 from hexmesh.membership.epochs import EpochSlots
+from hexmesh.membership.flaps import Flaps
 from hexmesh.membership.greeting import Greeter
 from hexmesh.membership.host import Host
 from hexmesh.membership.lease import Lease
@@ -133,6 +134,7 @@ class Coordination:
             terms=self._terms,
             counters=Counters(),
             quarantine=Quarantine(timers.quarantine_s),
+            flaps=Flaps(window_s=timers.flap_window_s, first_s=timers.flap_s, longest_s=timers.flap_max_s),
             outbox=self._outbox,
         )
         self._coordinator: Coordinator | None = None
@@ -340,7 +342,12 @@ class Coordination:
         held = self.held
         views = {
             peer.node: view_peer(
-                peer, self._peers, self._tools.quarantine, is_held=peer.node in held, now_s=now_s
+                peer,
+                self._peers,
+                self._tools.quarantine,
+                self._tools.flaps,
+                is_held=peer.node in held,
+                now_s=now_s,
             )
             for peer in self._peers
         }

@@ -5,10 +5,12 @@ It never fights for a host that is validly another's: it drops it and raises no 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
 
+from hexmesh.membership.flaps import Flaps
 from hexmesh.membership.host import Host
 from hexmesh.membership.merge import Merge
 from hexmesh.membership.notary import Notary
@@ -51,6 +53,7 @@ class Tools:
     terms: Terms
     counters: Counters
     quarantine: Quarantine
+    flaps: Flaps
     outbox: list[Output]
 
 
@@ -168,9 +171,13 @@ class Coordinator:
 
     def drop(self, node: str, reason: str, now_s: float) -> None:
         """Stop counting on the host; it is no longer beaten, so its lease runs out even if it hears us."""
-        if self.held.pop(node, None) is not None:
-            self._why_lost[node] = reason
-            self._outbox.append(HostLost(node, reason))
+        lost = self.held.pop(node, None)
+        if lost is not None:
+            if not lost.report.is_leaving:
+                self._tools.flaps.note_loss(node, lost.boot, now_s)
+            why_out = self._tools.flaps.reason(node, lost.boot, now_s)
+            self._why_lost[node] = reason if why_out is None else f"{reason}, {why_out}"
+            self._outbox.append(HostLost(node, self._why_lost[node]))
             self._advance_plan(now_s)
 
     def _drop_silent(self, now_s: float) -> None:
@@ -297,11 +304,7 @@ class Coordinator:
         reports[self._tools.node] = self._tools.host.report()
         boots = {node: held.boot for node, held in self.held.items()}
         boots[self._tools.node] = self._tools.boot
-        excluded = {}
-        for node, boot in boots.items():
-            why = self._why_excluded(node, boot, reports[node], now_s)
-            if why is not None:
-                excluded[node] = why
+        excluded = self._excluded(boots, reports, now_s)
         return Situation(
             hosts={node: boots[node] for node in sorted(boots) if node not in excluded},
             reports=reports,
@@ -310,7 +313,23 @@ class Coordinator:
             why_lost=self._why_lost,
         )
 
-    def _why_excluded(self, node: str, boot: int, report: Report, now_s: float) -> str | None:
+    def _excluded(self, boots: dict[str, int], reports: Mapping[str, Report], now_s: float) -> dict[str, str]:
+        """Held hosts that no plan may use, and why."""
+        unfit = {
+            node: why for node in boots if (why := self._why_unfit(node, boots[node], reports[node], now_s))
+        }
+        fit = {node: boot for node, boot in boots.items() if node not in unfit}
+        return unfit | self._flapping(fit, now_s)
+
+    def _flapping(self, boots: dict[str, int], now_s: float) -> dict[str, str]:
+        """Those that come and go; none where most do (it is this host's link then) or where nothing fits without."""
+        why_out = {node: why for node in boots if (why := self._tools.flaps.reason(node, boots[node], now_s))}
+        steady = {node: boot for node, boot in boots.items() if node not in why_out}
+        if len(why_out) > max(1, len(self.held) / 2) or self.planner.is_known_impossible(steady):
+            return {}
+        return why_out
+
+    def _why_unfit(self, node: str, boot: int, report: Report, now_s: float) -> str | None:
         if report.is_leaving:
             return "leaving"
         return self._tools.quarantine.reason(node, boot, now_s)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hexmesh.membership.flaps import Flaps
 from hexmesh.membership.peers import Peer, Peers
 from hexmesh.membership.quarantine import Quarantine
 
@@ -26,14 +27,19 @@ def view_self(boot: int, now_s: float) -> MemberView:
     return MemberView(last_heard_s=now_s, boot=boot, two_way=True, state="self", why_excluded=None)
 
 
-def view_peer(peer: Peer, peers: Peers, quarantine: Quarantine, *, is_held: bool, now_s: float) -> MemberView:
+def view_peer(
+    peer: Peer, peers: Peers, quarantine: Quarantine, flaps: Flaps, *, is_held: bool, now_s: float
+) -> MemberView:
     boot = peer.boot
+    why_excluded = None
+    if boot is not None:
+        why_excluded = quarantine.reason(peer.node, boot, now_s) or flaps.reason(peer.node, boot, now_s)
     return MemberView(
         last_heard_s=None if boot is None else peer.last_heard_s,
         boot=boot,
         two_way=peers.is_two_way(peer.node, now_s),
         state=_state(peer, is_heard=peers.is_heard(peer, now_s), is_held=is_held),
-        why_excluded=None if boot is None else quarantine.reason(peer.node, boot, now_s),
+        why_excluded=why_excluded,
     )
 
 

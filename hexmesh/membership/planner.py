@@ -114,6 +114,7 @@ class Planner:
         self._request: Request | None = None
         self._unanswered_since_s: float | None = None
         self._impossible: dict[str, int] | None = None
+        self._last_impossible: dict[str, int] | None = None
         self._forced: str | None = None
         self._complaints: dict[tuple[str, Epoch], int] = {}
         self.cur: Decided | None = None
@@ -137,6 +138,10 @@ class Planner:
             return self.cur.named
         return None
 
+    def is_known_impossible(self, hosts: dict[str, int]) -> bool:
+        """Whether these were the last hosts for which the driver found no plan, even if there is one for others."""
+        return self._last_impossible == hosts
+
     def is_overdue(self, now_s: float) -> bool:
         """C9: the driver's planner made no progress for its deadline."""
         since_s = self._unanswered_since_s
@@ -152,7 +157,7 @@ class Planner:
     def force(self, reason: str) -> None:
         """Plan anew although the set of hosts is the same."""
         self._forced = reason
-        self._impossible = None
+        self._impossible = self._last_impossible = None
 
     def step(self, now: Situation, now_s: float) -> bool:
         """Bring `prep` to its end, and ask for a plan when one is due and the hosts have settled.
@@ -334,7 +339,7 @@ class Planner:
             return
         self._request, self._unanswered_since_s = None, None
         if plan is None:
-            self._impossible = request.hosts
+            self._impossible = self._last_impossible = request.hosts
             self._outbox.append(PlanImpossible(request.hosts, request.reason))
             return
         if plan.hosts != request.hosts:

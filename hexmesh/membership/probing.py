@@ -1,8 +1,9 @@
 """How a link's figures come out of what a prober saw: round-trip quantiles, and a sustained rate.
 
-A rate probe sends windows of bytes one after another, each reported back when all of it has arrived. Windows
-grow until one takes long enough to be told from the round trip; the rate is then the median of three windows
-that agree within 10 %. A probe that runs out of time or bytes first gives a lower bound.
+A rate probe is one stream of chunks; the receiver reports how much had arrived and when, by its own clock. What
+arrived is cut into rounds of at least two round trips, long enough to even out a sender that fills its window in
+bursts. A connection starts slowly and doubles every round trip, so rounds count only once the rate has stopped
+rising: three in a row agree within 10 % and do not climb. A probe whose bytes or time end first gives a lower bound.
 """
 
 from __future__ import annotations
@@ -14,94 +15,117 @@ from statistics import median
 
 AGREEMENT = 0.10
 N_AGREEING = 3
-_MIN_GROWTH, _MAX_GROWTH = 2.0, 8.0
-_OVERTIME = 3.0
-_CLEAR_OF_RTT = 0.3
-"""Net of the round trip a window should take this share of it, or the round trip's own spread hides it."""
-_LEAST_OF_RTT = 0.1
+ROUND_RTTS = 2.0
+_CLIMB = 0.05
+"""Three rounds that rise each time, and by more than this, are still the ramp."""
+_CHUNK_S, _QUEUE_S = 0.01, 0.02
+_MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 4 * 1024, 256 * 1024
+_MIN_QUEUE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeBudget:
-    """What one probe may cost, and how long a window should take."""
+    """What one probe may cost: bytes, and seconds of which `n_rtts` round trips come on top of `time_s`."""
 
-    time_s: float
     n_bytes: int
-    target_s: float
-    max_window_bytes: int
-    first_window_bytes: int = 64 * 1024
+    time_s: float
+    n_rtts: float
+    round_s: float
+    """The least length of a round."""
 
 
-QUICK_PROBE = ProbeBudget(time_s=0.2, n_bytes=6 * 2**20, target_s=0.01, max_window_bytes=2**20)
-"""For the first plan: some tens of milliseconds on a fast link."""
+QUICK_PROBE = ProbeBudget(n_bytes=6 * 2**20, time_s=0.1, n_rtts=6, round_s=0.02)
+"""For the first plan: some tens of milliseconds on a near link. A far one gives a lower bound."""
 
-FULL_PROBE = ProbeBudget(time_s=1.0, n_bytes=32 * 10**6, target_s=0.05, max_window_bytes=8 * 10**6)
+HURRIED_PROBE = ProbeBudget(n_bytes=2**20, time_s=0.1, n_rtts=6, round_s=0.02)
+"""Where nothing is known and requests leave no pause: little enough to pass beside them."""
+
+FULL_PROBE = ProbeBudget(n_bytes=64 * 10**6, time_s=1.0, n_rtts=24, round_s=0.03)
+"""A ramp to 1 Gbit/s over 220 ms takes about eleven round trips, and three rounds six more."""
 
 
 @dataclass(frozen=True, slots=True)
 class RateEstimate:
-    """`lower_bound`: the probe ended before three windows agreed."""
+    """`lower_bound`: the probe ended while the rate still rose, or before three rounds agreed."""
 
     bytes_per_s: float
     lower_bound: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Round:
+    n_bytes: int
+    seconds: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.n_bytes / self.seconds
+
+
 class RateProbe:
-    """Decides how large the next window is and when to stop. `rtt_s` is not charged to the link's rate."""
+    """Decides how much to send and when to stop, and what the reports come to."""
 
     def __init__(self, budget: ProbeBudget, rtt_s: float) -> None:
-        self._budget = budget
         self._rtt_s = rtt_s
-        self._target_s = max(budget.target_s, _CLEAR_OF_RTT * rtt_s)
-        self._time_s = budget.time_s + 8 * rtt_s
-        self._next_bytes = budget.first_window_bytes
-        self._spent_s = 0.0
-        self._spent_bytes = 0
-        self._rates: list[float] = []
-        self._full: list[float] = []
+        self._n_bytes = budget.n_bytes
+        self._limit_s = budget.time_s + budget.n_rtts * rtt_s
+        self._round_s = max(budget.round_s, ROUND_RTTS * rtt_s)
+        self._rounds: deque[_Round] = deque(maxlen=N_AGREEING)
+        self._round_at = (0, 0.0)
+        self._latest = (0, 0.0)
 
-    def next_window_bytes(self) -> int | None:
-        """The size of the next window; None when the probe is over."""
-        if self._has_agreement():
-            return None
-        if self._spent_bytes + self._next_bytes > self._budget.n_bytes and self._rates:
-            return None
-        patience_s = self._time_s if len(self._full) >= N_AGREEING else _OVERTIME * self._time_s
-        if self._spent_s >= (patience_s if self._full else self._time_s):
-            return None
-        return self._next_bytes
+    @property
+    def chunk_bytes(self) -> int:
+        """The size of the next chunk: about 10 ms of the link, so that reports come often and cost little."""
+        return min(MAX_CHUNK_BYTES, max(_MIN_CHUNK_BYTES, int(self._rate_so_far() * _CHUNK_S)))
 
-    def record(self, n_bytes: int, seconds: float) -> None:
-        """A window of n_bytes was sent and reported back in `seconds`."""
-        net_s = max(seconds - self._rtt_s, 1e-9)
-        rate = n_bytes / max(net_s, _LEAST_OF_RTT * self._rtt_s)
-        self._spent_s += seconds
-        self._spent_bytes += n_bytes
-        self._rates.append(rate)
-        if net_s >= self._target_s / 2 or n_bytes >= self._budget.max_window_bytes:
-            self._full.append(rate)
-            return
-        growth = min(_MAX_GROWTH, max(_MIN_GROWTH, self._target_s / net_s))
-        self._next_bytes = min(self._budget.max_window_bytes, int(n_bytes * growth))
+    @property
+    def queue_bytes(self) -> int:
+        """How much should wait for the connection: it must never run dry, and what waits is spent too."""
+        return max(_MIN_QUEUE_BYTES, int(self._rate_so_far() * _QUEUE_S))
+
+    def is_over(self, n_sent: int, spent_s: float) -> bool:
+        """Whether to send no more, `spent_s` after the first chunk."""
+        return self._has_agreement() or n_sent >= self._n_bytes or spent_s >= self._limit_s
+
+    def record(self, n_bytes: int, elapsed_s: float) -> None:
+        """`n_bytes` in all had arrived `elapsed_s` after the first chunk, which is not counted."""
+        self._latest = n_bytes, elapsed_s
+        start_bytes, start_s = self._round_at
+        if elapsed_s - start_s >= self._round_s and not self._has_agreement():
+            self._rounds.append(_Round(n_bytes - start_bytes, elapsed_s - start_s))
+            self._round_at = self._latest
 
     def estimate(self) -> RateEstimate | None:
-        """The link's rate; None when not one window came through."""
-        if not self._rates:
-            return None
-        if not self._full:
-            return RateEstimate(bytes_per_s=self._rates[-1], lower_bound=True)
-        rate = median(self._full[-N_AGREEING:])
-        return RateEstimate(bytes_per_s=rate, lower_bound=not self._has_agreement())
+        """The link's rate; None when next to nothing came through."""
+        if self._has_agreement():
+            n_bytes = sum(one.n_bytes for one in self._rounds)
+            rate = n_bytes / sum(one.seconds for one in self._rounds)
+            return RateEstimate(bytes_per_s=rate, lower_bound=False)
+        rate = self._rate_so_far()
+        return RateEstimate(bytes_per_s=rate, lower_bound=True) if rate > 0 else None
+
+    def _rate_so_far(self) -> float:
+        """That of the last round while it rises, else the median; of everything before the first round ended."""
+        rates = [one.bytes_per_s for one in self._rounds]
+        if rates:
+            return rates[-1] if rates[-1] == max(rates) else median(rates)
+        n_bytes, elapsed_s = self._latest
+        return n_bytes / max(elapsed_s, self._rtt_s, 1e-3)
 
     def _has_agreement(self) -> bool:
-        last = self._full[-N_AGREEING:]
-        return len(last) == N_AGREEING and max(last) - min(last) <= AGREEMENT * median(last)
+        if len(self._rounds) < N_AGREEING:
+            return False
+        rates = [one.bytes_per_s for one in self._rounds]
+        first, second, third = rates
+        climbs = first < second < third and third > (1 + _CLIMB) * first
+        return not climbs and max(rates) - min(rates) <= AGREEMENT * median(rates)
 
 
 class RttWindow:
     """The last round-trip times to one peer."""
 
-    def __init__(self, size: int = 64) -> None:
+    def __init__(self, size: int = 32) -> None:
         self._samples_s: deque[float] = deque(maxlen=size)
 
     def __len__(self) -> int:

@@ -34,6 +34,11 @@ class Timers:
     """A planner silent for so long makes its coordinator hand over."""
     quarantine_s: float = 60.0
     """Doubled with every further failure of the same boot, up to sixteenfold."""
+    flap_window_s: float = 60.0
+    """Losses of one host within this add up: see `flaps`."""
+    flap_s: float = 5.0
+    """How long a host that comes and goes is left out first; doubled up to `flap_max_s`."""
+    flap_max_s: float = 60.0
     drain_s: float = 30.0
 
     def __post_init__(self) -> None:

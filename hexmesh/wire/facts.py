@@ -1,7 +1,7 @@
 """What members tell each other about themselves, and how they measure the links between them.
 
 Signed records travel over peer connections as well as through the DHT, so that a dead DHT stops nothing.
-Probe messages go over the "probe" channel; a window's bytes are the payloads of its chunks.
+Probe messages go over the "probe" channel; a probe is one stream of chunks, answered by reports.
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ class Pong(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ProbeAsk(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """May I fill the link to you for about a second? A host takes part in one probe at a time."""
+    """May I fill the link to you for some seconds? A host takes part in one probe at a time.
+
+    `is_urgent`: nothing is known of this link yet, so a short probe should not wait for a pause in the data.
+    """
 
     probe: int
+    is_urgent: bool = False
 
 
 class ProbeAnswer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -40,19 +44,23 @@ class ProbeAnswer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ProbeChunk(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A part of one window. Payload: any bytes. The last one is answered by a ProbeReport."""
+    """A part of the stream. Payload: any bytes."""
 
     probe: int
-    window: int
     is_last: bool
 
 
 class ProbeReport(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The whole window has arrived, and how many bytes that was."""
+    """`n_bytes` in all arrived within `elapsed_s` after the first chunk, which is not counted.
+
+    Sent every few milliseconds, and for the last chunk. `is_enough`: requests need the link, stop.
+    """
 
     probe: int
-    window: int
     n_bytes: int
+    elapsed_s: float
+    is_last: bool
+    is_enough: bool = False
 
 
 class ProbeEnd(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -41,10 +41,18 @@ class NetworkCourier:
             return False
         return True
 
+    def queued_bytes(self, to: str) -> int:
+        assert self.network is not None
+        return self.network.queued_bytes(NodeId(to), "probe")
+
 
 async def start(stack: AsyncExitStack, member: Member, group: asyncio.TaskGroup) -> LinkMonitor:
     courier = NetworkCourier(member.node_id)
-    monitor = LinkMonitor(courier, rng=random.Random(member.local.name))  # type: ignore[arg-type]
+    monitor = LinkMonitor(
+        courier,  # type: ignore[arg-type]
+        rng=random.Random(member.local.name),
+        queued_bytes=courier.queued_bytes,
+    )
     events = PeerEvents(
         on_message=monitor.receive,  # type: ignore[arg-type]
         on_peer_up=monitor.connected,

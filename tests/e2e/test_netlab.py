@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -379,7 +380,7 @@ def wait_until(is_so: Callable[[], bool], timeout_s: float = 5.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def test_two_labs_at_once_do_not_meet() -> None:
@@ -416,6 +417,12 @@ LONGEST_GAP_S = 15.0
 FLAGS = ("--device", "cpu", "--threads", "1", "--min-nodes", "3", "--memory")
 
 
+def are_as_set(measured: list[dict[str, Any]], link: Link) -> bool:
+    """Whether the round trips of all six directions are within 10 % and half a millisecond."""
+    rtt_s = 2 * link.latency_s
+    return len(measured) == 6 and all(rtt_s <= one["rtt_p50_s"] <= 1.1 * rtt_s + 0.0005 for one in measured)
+
+
 def test_a_mesh_over_slow_links_answers_and_loses_no_token_with_a_host_cut_off(tmp_path: Path) -> None:
     spec = model_spec_from_config(resolve_model().config)
     memory = str(memory_for_exactly(spec, 2))
@@ -429,9 +436,8 @@ def test_a_mesh_over_slow_links_answers_and_loses_no_token_with_a_host_cut_off(t
         for daemon in joiners:
             mesh.await_up(daemon)
         mesh.await_ready(timeout_s=80)
-        measured = [one["rtt_p50_s"] for one in founder.get("/admin/links")]
-        assert measured
-        assert min(measured) >= 0.020
+        # Once all is measured anew; on a machine that is busy for long, the newest round trips must win.
+        wait_until(lambda: are_as_set(founder.get("/admin/links"), link), timeout_s=60)
 
         (replica,) = founder.get("/admin/topology")["replicas"]
         victim = mesh.on(replica["stages"][-1]["node"])

@@ -75,6 +75,7 @@ class Bag:
             ("no pauses, no listening", lambda case: not case.faults.pauses and case.habits.listen_s is None),
             ("listening up to 3 s", lambda case: not case.faults.pauses and case.habits.listen_s is not None),
             ("pauses up to 6 s", lambda case: case.faults.pauses),
+            ("cut links relayed", lambda case: case.habits.relays),
             ("clocks up to 20 % off", lambda case: case.habits.drift == 0.2),
         ]
         lines = ["| set | schedules | never | p50 | p95 | p99 | max, s |", "|---|---|---|---|---|---|---|"]

@@ -10,6 +10,7 @@ from unittest import mock
 from hexmesh.membership.coordination import Coordination
 from hexmesh.membership.coordinator import Coordinator
 from hexmesh.membership.epochs import EpochSlots
+from hexmesh.membership.flaps import Flaps
 from hexmesh.membership.host import Host
 from hexmesh.membership.lease import Lease
 from hexmesh.membership.merge import Merge
@@ -76,6 +77,7 @@ MUTANTS: dict[str, list[Patch]] = {
     "listening": [(Coordination, "_may_stand", _stand_untimely)],
     "boot nonce": [(World, "_draw_boot", _same_boot)],
     "spread": [(Host, "commit", lambda self, cert, now_s: self.slots.commit(cert, now_s))],
+    "damping": [(Flaps, "reason", lambda self, node, boot, now_s: None)],
     "size first": [(Merge, "choose", _choose_by_ballot)],
 }
 

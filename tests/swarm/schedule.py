@@ -36,7 +36,10 @@ class Case:
 
     @classmethod
     def draw(cls, seed: int) -> Case:
-        """2 to 9 hosts; gentle or hard faults; pauses in a quarter; in half, hosts listen before they take part."""
+        """2 to 9 hosts; gentle or hard faults; pauses in a quarter; in half, hosts listen before they take part.
+
+        In a quarter, what cannot go straight is relayed.
+        """
         rng = random.Random(f"case {seed}")
         return cls(
             seed=seed,
@@ -46,6 +49,7 @@ class Case:
                 drift=rng.choice([0.0, 0.03, 0.1, 0.2]),
                 listen_s=rng.choice([None, (0.0, 3.0)]),
                 resets=rng.random() < 0.25,
+                relays=rng.random() < 0.25,
             ),
         )
 

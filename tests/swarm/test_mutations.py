@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 
+from tests.swarm import test_half_dead_links as half_dead
 from tests.swarm import test_regressions as row
 from tests.swarm.mutants import MUTANTS, mutant
 from tests.swarm.schedule import Case
@@ -21,6 +22,8 @@ def schedules() -> None:
     for seed in range(100_000, 100_240):
         Case.draw(seed).run()
 
+
+FLICKER = (half_dead.ENDS[1], half_dead.flickers)
 
 TURNED_RED: list[tuple[str, Check, str]] = [
     ("seq", row.test_row_5_overtaken_beats_do_not_wedge_the_mesh, "vote"),
@@ -37,6 +40,7 @@ TURNED_RED: list[tuple[str, Check, str]] = [
     ("listening", schedules, "listen"),
     ("one slot each", schedules, "I7"),
     ("spread", row.test_row_6_hosts_tell_each_other_of_a_commit, ""),
+    ("damping", partial(half_dead.test_a_link_that_comes_and_goes_changes_few_plans, *FLICKER), ""),
     ("steal", partial(static_graphs, 0.3), ""),
 ]
 """Rule, the check that holds only with it, and the invariant that the failure names ("": the check's own)."""

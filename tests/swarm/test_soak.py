@@ -30,6 +30,7 @@ def test_schedules_differ_in_what_they_try() -> None:
     assert {case.n_hosts for case in cases} == set(range(2, 10))
     assert {case.habits.drift for case in cases} == {0.0, 0.03, 0.1, 0.2}
     assert {case.habits.listen_s for case in cases} == {None, (0.0, 3.0)}
+    assert {case.habits.relays for case in cases} == {False, True}
     assert {case.faults.pauses for case in cases} == {False, True}
 
 

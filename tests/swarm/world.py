@@ -35,7 +35,9 @@ from hexmesh.membership.timers import Timers
 from hexmesh.wire.control import Cert, ControlMessage, Epoch
 from tests.swarm.judge import Judge
 
-SIM_TIMERS = Timers(prep_timeout_s=8.0, quarantine_s=5.0, drain_s=3.0)
+SIM_TIMERS = Timers(
+    prep_timeout_s=8.0, quarantine_s=5.0, drain_s=3.0, flap_window_s=10.0, flap_s=0.5, flap_max_s=4.0
+)
 HORIZON_S = 1e9
 
 
@@ -63,6 +65,8 @@ class Habits:
     listen_s: tuple[float, float] | None = None
     """How long a host that starts only listens, as a daemon does while it measures; None: not at all."""
     min_nodes: int = 1
+    relays: bool = False
+    """Whether a control message whose link is cut goes through a third host, as over a relayed connection."""
     request_every_s: float | None = 0.1
     n_steps: int = 3
 
@@ -366,11 +370,32 @@ class World:
                 if delay_s < HORIZON_S:
                     self.after(delay_s, self.deliver, dst, message)
                 return
+        if (src, dst) in self.cut and self.habits.relays:
+            self._relay(src, dst, message)
+            return
         if self._is_lost(src, dst):
             return
         self.after(self._delay_s(), self.deliver, dst, message)
         if self.weather.duplication and self.rng.random() < self.weather.duplication:
             self.after(self._delay_s(), self.deliver, dst, message)
+
+    def _relay(self, src: str, dst: str, message: ControlMessage) -> None:
+        """One hop through any live host that has both links: late, and now by this one, now by that."""
+        able = [
+            via.name
+            for via in self.alive()
+            if not {(src, via.name), (via.name, dst)} & self.cut and via.name not in (src, dst)
+        ]
+        if able:
+            via = self.rng.choice(able)
+            if not self._is_lost(src, via):
+                self.after(self._delay_s(), self._pass_on, via, self.hosts[via].life, dst, message)
+
+    def _pass_on(self, via: str, life: int, dst: str, message: ControlMessage) -> None:
+        host = self.hosts[via]
+        if host.life == life and host.machine is not None and not self._is_lost(via, dst):
+            wait_s = max(0.0, host.paused_until_s - self.now_s)
+            self.after(wait_s + self._delay_s(), self.deliver, dst, message)
 
     def deliver(self, dst: str, message: ControlMessage) -> None:
         host = self.hosts[dst]

@@ -12,8 +12,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from daemon.peering.links import KEEP_S, TURN_LEASE_S, LinkMonitor
+from daemon.peering.links import FIRST_PATIENCE_S, KEEP_S, LinkMonitor
+from daemon.peering.prober import TURN_LEASE_S
 from hexmesh.cluster import Link
+from hexmesh.membership.probing import HURRIED_PROBE
 from hexmesh.wire.facts import ProbeChunk, ProbeEnd, ProbeReport
 
 
@@ -78,6 +80,11 @@ class FakeNetwork:
             loop.call_at(link.free_at_s + link.delay_s, self._deliver, src, dst, message, payload)
         return True
 
+    def queued_bytes(self, src: str, dst: str) -> int:
+        """What a link has not begun to carry."""
+        link = self.links[src, dst]
+        return int(max(0.0, link.free_at_s - asyncio.get_running_loop().time()) * link.bytes_per_s)
+
     def _deliver(self, src: str, dst: str, message: Any, payload: bytes) -> None:
         now_s = asyncio.get_running_loop().time()
         if isinstance(message, ProbeReport):
@@ -117,6 +124,7 @@ class Mesh:
             self.network.monitors[name] = LinkMonitor(
                 FakeCourier(name, self.network),  # type: ignore[arg-type]
                 rng=random.Random(name),
+                queued_bytes=lambda to, name=name: self.network.queued_bytes(name, to),  # type: ignore[misc]
                 on_change=lambda name=name: self.changes.append(  # type: ignore[misc]
                     (asyncio.get_running_loop().time(), name)
                 ),
@@ -364,13 +372,84 @@ def test_traffic_that_was_faster_than_the_probe_counts() -> None:
     run_virtually(scene())
 
 
+def test_a_probe_waits_for_a_pause_in_the_data_at_either_end() -> None:
+    async def scene() -> None:
+        async with Mesh("ab", full_after_s=1e6) as mesh:
+            mesh.network.add_link("a", "b", rtt_s=0.01, bytes_per_s=50e6)
+            mesh.connect("a", "b")
+            for _ in range(int(FIRST_PATIENCE_S / 0.5) - 2):
+                mesh["b"].data_flowed()
+                await asyncio.sleep(0.5)
+            assert not mesh.network.probes
+            await mesh.until_measured(("a", "b"), ("b", "a"), patience_s=6.0)
+
+    run_virtually(scene())
+
+
+def test_a_link_of_which_nothing_is_known_is_probed_beside_data_after_a_while_and_briefly() -> None:
+    async def scene() -> None:
+        async with Mesh("ab", full_after_s=1.0) as mesh:
+            mesh.network.add_link("a", "b", rtt_s=0.01, bytes_per_s=12.5e6)
+            mesh.connect("a", "b")
+            for _ in range(int(3 * FIRST_PATIENCE_S / 0.5)):
+                mesh["a"].data_flowed()
+                await asyncio.sleep(0.5)
+            link = mesh.link("a", "b")
+            assert link is not None
+            assert link.bytes_per_s == pytest.approx(12.5e6, rel=0.1)
+            assert mesh.network.probe_bytes <= 2 * (HURRIED_PROBE.n_bytes + 256 * 1024)
+
+    run_virtually(scene())
+
+
+@pytest.mark.parametrize("busy", ["a", "b"])
+def test_a_probe_stops_when_data_starts_to_flow(busy: str) -> None:
+    async def scene() -> None:
+        async with Mesh("ab", full_after_s=3.0) as mesh:
+            mesh.network.add_link("a", "b", rtt_s=0.4, bytes_per_s=12.5e6)
+            mesh.connect("a", "b")
+            await mesh.until_measured(("a", "b"), ("b", "a"), patience_s=9.0)
+            n_before = len(mesh.network.probes)
+            while len(mesh.network.probes) == n_before:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.5)  # of the three seconds that it takes
+            mesh[busy].data_flowed()
+            await asyncio.sleep(0.3)  # a report from the other end takes 0.2
+            n_sent = mesh.network.probe_bytes
+            for _ in range(6):
+                mesh[busy].data_flowed()
+                await asyncio.sleep(0.5)
+                assert mesh.network.probe_bytes == n_sent
+            link = mesh.link("a", "b")
+            assert link is not None
+            assert link.bytes_per_s == pytest.approx(12.5e6, rel=0.1)
+
+    run_virtually(scene())
+
+
+def test_a_link_that_stays_the_same_is_probed_ever_less_often() -> None:
+    async def scene() -> None:
+        async with Mesh("ab") as mesh:
+            mesh.network.add_link("a", "b", rtt_s=0.01, bytes_per_s=12.5e6)
+            mesh.connect("a", "b")
+            n_probes = []
+            for _ in range(2):
+                n_before = len(mesh.network.probes)
+                await asyncio.sleep(3600)
+                n_probes.append(len(mesh.network.probes) - n_before)
+            assert n_probes[0] >= 8
+            assert 2 <= n_probes[1] <= 4
+
+    run_virtually(scene())
+
+
 def test_unasked_messages_change_nothing() -> None:
     async def scene() -> None:
         async with Mesh("ab") as mesh:
             mesh.network.add_link("a", "b", rtt_s=0.01, bytes_per_s=50e6)
             monitor = mesh["a"]
-            monitor.receive("b", ProbeChunk(probe=7, window=0, is_last=True), b"x")
-            monitor.receive("b", ProbeReport(probe=7, window=0, n_bytes=1))
+            monitor.receive("b", ProbeChunk(probe=7, is_last=True), b"x")
+            monitor.receive("b", ProbeReport(probe=7, n_bytes=1, elapsed_s=0.1, is_last=True))
             monitor.receive("b", ProbeEnd(probe=7))
             await asyncio.sleep(1.0)
             assert monitor.links() == ()

@@ -359,6 +359,52 @@ def test_a_host_that_cannot_load_is_quarantined_at_once() -> None:
     assert (wanted.hosts, wanted.excluded) == ({ME: BOOT}, {"a": "needs 3 bytes, 2 free"})
 
 
+def flap(puppet: Puppet) -> PlanWanted:
+    """Host "a" goes silent until it is lost and planned without, and comes back with the boot that it had."""
+    puppet.wait(TIMERS.drop_s + 0.5)
+    assert puppet.machine.held.keys() == {ME}
+    wanted = puppet.outputs(PlanWanted)[-1]
+    assert wanted.hosts == {ME: BOOT}
+    puppet.join("a")
+    return wanted
+
+
+def test_a_host_that_comes_and_goes_is_left_out_for_a_while_and_the_reason_says_so() -> None:
+    puppet, _, _ = decided("a")
+    assert "check the link" not in flap(puppet).reason
+    assert puppet.machine.members(puppet.now_s)["a"].why_excluded is None
+    assert wanted_plan(puppet).hosts.keys() == {ME, "a"}
+    wanted = flap(puppet)
+    assert "lost 2 times within 60 s" in wanted.reason
+    assert "check the link" in (puppet.machine.members(puppet.now_s)["a"].why_excluded or "")
+    puppet.plan(wanted)
+    puppet.wait(TIMERS.flap_s - 1.0, "a")
+    assert puppet.outputs(PlanWanted) == []
+    puppet.wait(3.0, "a")
+    assert puppet.outputs(PlanWanted)[-1].hosts.keys() == {ME, "a"}
+
+
+def test_where_most_hosts_come_and_go_none_is_left_out() -> None:
+    """It is the coordinator's own link then."""
+    puppet, _, _ = decided("a", "b", "c")
+    for _ in range(2):
+        flap(puppet)
+        puppet.join("b")
+    puppet.wait(3.0, "a", "b")
+    assert puppet.machine.held.keys() == {ME, "a", "b"}
+    assert puppet.outputs(PlanWanted)[-1].hosts.keys() == {ME, "a", "b"}
+
+
+def test_a_host_that_comes_and_goes_is_used_where_nothing_fits_without_it() -> None:
+    """Host "b" is gone for good, so the plan in use is no answer."""
+    puppet, _, _ = decided("a", "b")
+    flap(puppet)
+    wanted_plan(puppet)
+    wanted = flap(puppet)
+    puppet.last = puppet.machine.plan_ready(wanted.request_id, None, puppet.now_s)
+    assert wanted_plan(puppet).hosts.keys() == {ME, "a"}
+
+
 def test_a_load_estimate_lengthens_the_time_to_get_ready() -> None:
     puppet = Puppet()
     puppet.hold("a")
