@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from daemon.complaints import Complaints
 from daemon.peering.address import parse_address
 from daemon.trust.attestor import Attestor
 from hexmesh.errors import HexmeshError, Refused
@@ -35,7 +36,7 @@ class Roster:
         self._on_address = on_address
         self._on_change = on_change
         self._keys = {attestor.node_id: attestor.identity.public_bytes}
-        self._refused: set[str] = set()
+        self._complaints = Complaints()
 
     def learn(self, signed: bytes) -> None:
         """Take in a record; one that no member of this mesh signed about itself is logged once and dropped."""
@@ -47,8 +48,7 @@ class Roster:
                 now_unix_s=time.time(),
             )
         except Refused as refused:
-            if refused.message not in self._refused and len(self._refused) < 1000:
-                self._refused.add(refused.message)
+            if self._complaints.is_news("record", refused.message, time.monotonic()):
                 log.warning("record refused reason=%s", refused.message)
             return
         if not self.directory.merge(known):

@@ -56,6 +56,7 @@ RETRY_S = 0.03
 FULL_QUEUE_PAUSE_S = 0.002
 TURN_LEASE_S = 3.0
 """A granted turn ends when no chunk came for this long: the asker died."""
+MAX_TURN_S = 30.0
 KEEP_S = 60.0
 """A link's figures stay for this long after its connection broke."""
 CHUNK_BYTES = 256 * 1024
@@ -104,6 +105,8 @@ class _Granted:
     node: str
     probe: int
     until_s: float
+    end_s: float
+    """When the turn is over, whatever still comes: nobody keeps this host from measuring for long."""
     window: int = 0
     n_bytes: int = 0
 
@@ -343,7 +346,9 @@ class LinkMonitor:
                     self._end_turn(asking)
             if asking.is_sending:
                 return asking
-            await asyncio.sleep(min(answer.retry_after_s, ANSWER_PATIENCE_S) * self._rng.uniform(0.5, 2.0))
+            await asyncio.sleep(
+                min(max(answer.retry_after_s, RETRY_S), ANSWER_PATIENCE_S) * self._rng.uniform(0.5, 2.0)
+            )
 
     async def _until_free(self) -> None:
         while True:
@@ -418,7 +423,7 @@ class LinkMonitor:
             turn.answer.set_result(ProbeAnswer(probe=turn.probe, is_granted=False, retry_after_s=RETRY_S))
             turn = None
         if turn is None:
-            self._turn = _Granted(src, ask.probe, now_s + TURN_LEASE_S)
+            self._turn = _Granted(src, ask.probe, now_s + TURN_LEASE_S, now_s + MAX_TURN_S)
         self._send(src, ProbeAnswer(probe=ask.probe, is_granted=turn is None, retry_after_s=RETRY_S))
 
     def _gives_way(self, asking: _Asking, src: str) -> bool:
@@ -429,10 +434,13 @@ class LinkMonitor:
         turn = self._turn
         if not isinstance(turn, _Granted) or not self._is_of(turn, src, chunk.probe):
             return
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= turn.end_s:
+            return
         if turn.window != chunk.window:
             turn.window, turn.n_bytes = chunk.window, 0
         turn.n_bytes += n_bytes
-        turn.until_s = asyncio.get_running_loop().time() + TURN_LEASE_S
+        turn.until_s = min(turn.end_s, now_s + TURN_LEASE_S)
         if chunk.is_last:
             self._send(src, ProbeReport(probe=chunk.probe, window=chunk.window, n_bytes=turn.n_bytes))
 

@@ -116,6 +116,8 @@ class FakeNode:
     mesh: FakeMesh
     worker: FakeWorker = field(default_factory=FakeWorker)
     is_cut: bool = False
+    lie: Any = staticmethod(lambda message: message)
+    """What becomes of each message that this node sends."""
 
     def __post_init__(self) -> None:
         self.gateway = Gateway(
@@ -154,7 +156,7 @@ class FakeNode:
         return self.id
 
     def send(self, to: str, message: msgspec.Struct, payload: Any = b"", *, channel: str = "data") -> bool:
-        return self.mesh.deliver(self, to, message, payload)
+        return self.mesh.deliver(self, to, self.lie(message), payload)
 
     def route(self) -> Route | None:
         held = self.epochs.committed
@@ -177,7 +179,7 @@ class FakeNode:
             case StepResult() | StepRefused() | GenerateCancel() | Generate():
                 self._to_driver(src, message)
             case Generated() | GenerateFailed():
-                self.gateway.on_message(message)
+                self.gateway.on_message(src, message)
             case ReplicaStats():
                 self.epochs.on_stats(message)
             case _:
@@ -216,6 +218,7 @@ class FakeMesh:
         self.group = group
         self.n_recovered = 0
         self.broken: list[str] = []
+        self.is_broken = asyncio.Event()
         self.lose: Any = lambda message: False
         self.n_plans = 0
         self.nodes = {name: FakeNode(name, self) for name in names}
@@ -225,6 +228,7 @@ class FakeMesh:
 
     def note_broken(self, epoch: Epoch | None, reason: str) -> None:
         self.broken.append(reason)
+        self.is_broken.set()
 
     def deliver(self, src: FakeNode, to: str, message: msgspec.Struct, payload: Any) -> bool:
         dst = self.nodes[to]
