@@ -116,7 +116,7 @@ class FakeNode:
     mesh: FakeMesh
     worker: FakeWorker = field(default_factory=FakeWorker)
     is_cut: bool = False
-    lie: Any = staticmethod(lambda message: message)
+    lie: Any = field(default_factory=lambda: lambda message: message)
     """What becomes of each message that this node sends."""
 
     def __post_init__(self) -> None:

@@ -135,9 +135,12 @@ async def test_a_flood_of_steps_is_not_queued_without_end() -> None:
         node, refusals = mesh.nodes["b"], keep_refusals(mesh)
         node.worker.may_run.clear()
         for n in range(1000):
-            node.stages.on_step(step(mesh, n, Row(start=0, n_tokens=1, blocks=[0])), bytes(8))
+            node.stages.on_step(step(mesh, 10_000 + n, Row(start=0, n_tokens=1, blocks=[0])), bytes(8))
         await asyncio.sleep(0)
         assert len(refusals) == 1000 - MAX_STEPS_WAITING
 
         node.worker.may_run.set()
+        for _ in range(200):  # more turns of the loop than the steps that wait take
+            await asyncio.sleep(0)
+        assert node.worker.n_steps == MAX_STEPS_WAITING
         assert await mesh.ask("b", PROMPT, 20) == answer_to(PROMPT, 20)
