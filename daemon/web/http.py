@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from daemon.runfile import local_http_url
 from daemon.web.access import ARRIVED_S, REQUEST_ID, Access, Doorkeeper, Handler, HttpOptions, Route
@@ -83,6 +84,7 @@ class HttpSurface:
             access_log=None,
             shutdown_timeout=options.shutdown_s,
             keepalive_timeout=options.idle_s,
+            logger=_protocol_log(),
         )
 
     @property
@@ -180,6 +182,16 @@ class HttpSurface:
                 code="body_too_slow",
                 headers={hdrs.CONNECTION: "close"},
             ) from None
+
+
+def _protocol_log() -> logging.Logger:
+    """What aiohttp logs to, without a traceback for each line of garbage that a stranger sends."""
+    logger = logging.getLogger("hexmesh.http.protocol")
+    if not logger.filters:
+        logger.addFilter(
+            lambda record: not isinstance((record.exc_info or (None, None))[1], HttpProcessingError)
+        )
+    return logger
 
 
 def _any_slashes(path: str) -> str:
