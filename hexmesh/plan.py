@@ -108,7 +108,10 @@ def encode_plan(plan: Plan) -> bytes:
 
 def decode_plan(data: bytes) -> Plan:
     """The plan in `data`; msgspec.ValidationError or DecodeError when it is not one."""
-    return msgspec.msgpack.decode(data, type=Plan)
+    try:
+        return msgspec.msgpack.decode(data, type=Plan)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
 
 
 def plan_fault(plan: Plan) -> str | None:

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from hexmesh.plan import Plan, plan_fault
+from hexmesh.plan import Plan, decode_plan, encode_plan, plan_fault
 from tests.unit.daemon.fake_mesh import one_replica
 
 GOOD = one_replica("ab", 8, "ab")
@@ -28,6 +28,23 @@ def with_replica(**changes: Any) -> Plan:
 def test_a_sound_plan_passes() -> None:
     assert plan_fault(GOOD) is None
     assert plan_fault(msgspec.structs.replace(GOOD, replicas=())) is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x80",
+        encode_plan(GOOD)[:-1],
+        encode_plan(GOOD).replace(b"float32", b"float\xd8\xff"),
+        encode_plan(GOOD).replace(b"r0", b"\xd8\xff"),
+        b"\x91" * 100_000,
+    ],
+    ids=lambda data: repr(data[:8]),
+)
+def test_what_is_no_plan_is_a_msgspec_error(data: bytes) -> None:
+    with pytest.raises(msgspec.MsgspecError):
+        decode_plan(data)
 
 
 @pytest.mark.parametrize(
