@@ -263,7 +263,7 @@ class Evil:
     def _own_record(self) -> bytes:
         return self._signed_about(self._local.node_id)
 
-    def _signed_about(self, node: str) -> bytes:
+    def _signed_about(self, node: str, name: str = "[/evil]") -> bytes:
         now_unix_s = time.time()
         record = NodeRecord(
             mesh_id=self._attestor.mesh_id,
@@ -271,7 +271,7 @@ class Evil:
             boot=self._local.boot,
             sequence=int(now_unix_s * 1000) + 10**6,
             made_at_unix_s=now_unix_s,
-            name="evil\n\x1b[31mall is lost",
+            name=name,
             site="s",
             peer_address=self._local.address,
             dht_maddrs=(),

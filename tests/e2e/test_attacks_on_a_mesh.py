@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +16,7 @@ import psutil
 import pytest
 
 from daemon.models.model_source import resolve_model
+from daemon.terminal.client import read_admin_key
 from daemon.terminal.demo_memory import memory_for_exactly
 from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
 from hexmesh.model_spec import model_spec_from_config
@@ -24,10 +28,10 @@ QUESTION = "What is a KV cache?"
 N_TOKENS = 250
 
 
-@pytest.fixture
-def mesh(tmp_path: Path) -> Iterator[LocalMesh]:
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalMesh]:
     spec = model_spec_from_config(resolve_model().config)
-    with LocalMesh(tmp_path / "mesh") as mesh:
+    with LocalMesh(tmp_path_factory.mktemp("mesh")) as mesh:
         budget = str(memory_for_exactly(spec, 2))
         mesh.found("one", *FLAGS, budget)
         mesh.join("two", *FLAGS, budget)
@@ -37,6 +41,30 @@ def mesh(tmp_path: Path) -> Iterator[LocalMesh]:
 
 def resident_bytes(daemon: LocalDaemon) -> int:
     return int(psutil.Process(daemon.process.pid).memory_info().rss)
+
+
+def test_no_secret_is_left_lying_about(mesh: LocalMesh, processes: list[psutil.Process]) -> None:
+    """In command lines, logs, metrics, read routes, or files that other users of the host can read."""
+    secrets = [read_admin_key(daemon.state_dir) for daemon in mesh.daemons]
+    secrets += [mesh.daemons[0].fresh_token(), mesh.daemons[0].up["join_command"].split()[-1]]
+    shown = [" ".join(process.cmdline()) for process in processes]
+    for daemon in mesh.daemons:
+        reads = ("status", "members", "links", "topology", "requests", "plan")
+        paths = ["/metrics", "/version", *(f"/admin/{read}" for read in reads)]
+        shown += [daemon.client.get(path).decode() for path in paths]
+        shown += [line for line in daemon.log.read_text().splitlines() if not line.startswith('{"node_id"')]
+        assert stat.S_IMODE(daemon.state_dir.stat().st_mode) == 0o700
+        assert stat.S_IMODE((daemon.folder / "up.json").stat().st_mode) == 0o600
+
+    assert len(processes) >= 6  # two daemons, each with p2pd and a worker or more
+    assert all(len(secret) > 20 for secret in secrets)
+    assert not [secret for secret in secrets for text in shown if secret in text]
+
+
+@pytest.fixture
+def processes(mesh: LocalMesh) -> list[psutil.Process]:
+    parents = [psutil.Process(daemon.process.pid) for daemon in mesh.daemons]
+    return [process for parent in parents for process in (parent, *parent.children(recursive=True))]
 
 
 def test_a_lying_member_changes_no_answer_and_ends_no_daemon(mesh: LocalMesh, tmp_path: Path) -> None:
@@ -86,6 +114,19 @@ def test_a_lying_member_changes_no_answer_and_ends_no_daemon(mesh: LocalMesh, tm
     grown = {daemon.name: resident_bytes(daemon) - rss_before[daemon.name] for daemon in mesh.daemons}
     assert max(grown.values()) < 150 * 2**20, grown
     for daemon in mesh.daemons:
+        members = {member["name"]: member["address"] for member in daemon.get("/admin/members")}
+        assert members.keys() == {"one", "two", "[/evil]"}
+        assert [members[other.name] for other in mesh.daemons] == [
+            other.up["peer_addr"] for other in mesh.daemons
+        ]
+        shown = subprocess.run(
+            [sys.executable, "-m", "daemon", "members", "--url", daemon.url],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        assert "[/evil]" in shown.stdout
         log = daemon.log.read_text()
         assert "Traceback" not in log
         assert "message refused" in log

@@ -241,6 +241,19 @@ def test_figures_that_no_measurement_gives_are_refused(wrong: dict[str, Any]) ->
         opened(with_body(record("a", **wrong)))
 
 
+@pytest.mark.parametrize("text", ["two\nlines", "\x1b[2J", "x" * 257, "\x9b1m"])
+def test_texts_that_would_do_something_to_a_terminal_are_refused(text: str) -> None:
+    with pytest.raises(Refused, match="cannot be read"):
+        opened(with_body(record(name=text)))
+    with pytest.raises(Refused, match="a name that nobody can show"):
+        opened(with_body(record(devices=(with_name(text),))))
+
+
+def with_name(text: str) -> DeviceFacts:
+    facts = device()
+    return msgspec.structs.replace(facts, device=msgspec.structs.replace(facts.device, name=text))
+
+
 def test_the_directory_keeps_the_newest() -> None:
     directory = Directory()
     first, second = known(record("a", sequence=1)), known(record("a", sequence=2, boot=8))
