@@ -59,6 +59,9 @@ from hexmesh.wire.notice import NOTICE_MESSAGE, PlanBlocked
 
 log = logging.getLogger("hexmesh.dispatch")
 
+DEAF_S = 0.1
+"""How long the records of a member that has just sent a bad one are dropped unread."""
+
 DataMessage = DATA_MESSAGE
 FactsMessage = FACTS_MESSAGE
 PeerMessage = ControlMessage | DataMessage | FactsMessage | PlanBlocked
@@ -82,6 +85,8 @@ class Dispatcher:
     roster: Roster
     stats: dict[str, ReplicaStats]
     complaints: Complaints = field(default_factory=Complaints)
+    _deaf_until_s: dict[str, float] = field(default_factory=dict)
+    """Of members alone, so it stays small."""
 
     def on_message(self, src: str, message: msgspec.Struct, payload: Payload) -> None:
         """A message from `src`, which may be this node itself."""
@@ -106,7 +111,7 @@ class Dispatcher:
             case ReplicaStats():
                 self.on_stats(known)
             case Facts():
-                self.roster.learn(known.record)
+                self._on_facts(src, known)
             case Ping() | Pong() | ProbeAsk() | ProbeAnswer() | ProbeChunk() | ProbeReport() | ProbeEnd():
                 self.links.receive(src, known, payload)
             case PlanBlocked():
@@ -121,6 +126,14 @@ class Dispatcher:
         if committed is not None and stats.epoch == committed.epoch:
             self.stats[stats.replica] = stats
         self.epochs.on_stats(stats)
+
+    def _on_facts(self, src: str, facts: Facts) -> None:
+        """Signatures take time to check: who sends a bad one is not listened to for a moment."""
+        now_s = time.monotonic()
+        if now_s < self._deaf_until_s.get(src, now_s):
+            return
+        if not self.roster.learn(facts.record):
+            self._deaf_until_s[src] = now_s + DEAF_S
 
     def _sender_fault(self, src: str, message: PeerMessage) -> str | None:
         """Why `src` may not say this; a lie is dropped here, before any part acts on it."""

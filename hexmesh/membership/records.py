@@ -159,12 +159,13 @@ class RecordHead(NamedTuple):
 
     subkey: str
     expires_at_unix_s: float
+    sequence: int
 
 
 def record_head(data: bytes) -> RecordHead:
-    """The head of a record that was signed or opened here; nothing is verified. Raises Refused."""
-    signed = _read(data)[0]
-    return RecordHead(signed.subkey, signed.expires_at_unix_s)
+    """The head of a record; nothing is verified. Raises Refused."""
+    signed, record = _read(data)
+    return RecordHead(signed.subkey, signed.expires_at_unix_s, record.sequence)
 
 
 class Directory:
@@ -186,6 +187,11 @@ class Directory:
             return False
         self._known[known.record.node] = known
         return True
+
+    def is_news(self, head: RecordHead) -> bool:
+        """Whether a record with this head, were it genuine, would replace what is known of its node."""
+        mine = self._known.get(head.subkey)
+        return mine is None or (head.sequence, head.expires_at_unix_s) > _age_order(mine)
 
     def forget(self, node: str) -> None:
         """The node was removed or left for good."""

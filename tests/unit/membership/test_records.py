@@ -132,7 +132,7 @@ def test_a_record_comes_back_as_it_was() -> None:
     got = opened(data)
     assert got.record == facts
     assert (got.expires_at_unix_s, got.signed) == (NOW_S + LIFETIME_S, data)
-    assert record_head(data) == ("a", NOW_S + LIFETIME_S)
+    assert record_head(data) == ("a", NOW_S + LIFETIME_S, 1)
 
 
 def test_a_node_may_speak_for_itself_alone() -> None:
