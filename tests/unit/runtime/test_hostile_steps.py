@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -54,14 +55,33 @@ plausible = st.builds(
     blocks=st.lists(st.integers(0, KV_BLOCKS - 1), min_size=1, max_size=5),
     sample=st.none() | any_of(SamplingParams),
 )
+WRONG: list[dict[str, object]] = [
+    *({"start": start} for start in (-1, -2, 33)),
+    *({"n_tokens": n_tokens} for n_tokens in (0, -1, 41)),
+    *({"blocks": table} for table in ([], [0, 1, 2, 3, KV_BLOCKS], [0, 1, 2, 3, -1])),
+]
 absurd = st.builds(
     Row, start=numbers, n_tokens=numbers, blocks=blocks, sample=st.none() | any_of(SamplingParams)
 )
 
 
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_one_wrong_figure_is_refused_before_anything_is_touched(
+    stage: Stage, wrong: dict[str, object]
+) -> None:
+    row = msgspec.structs.replace(Row(start=0, n_tokens=2, blocks=[0, 1, 2, 3]), **wrong)
+    shape = (row.n_tokens,) if stage.splice.is_first else (row.n_tokens, stage.limits.hidden_size)
+    payload = torch.zeros([max(size, 0) for size in shape], dtype=stage.payload_dtype)
+    before = snapshot(stage)
+    with pytest.raises(InvalidInput):
+        stage.run([row], payload)
+
+    assert all(torch.equal(old, new) for old, new in zip(before, snapshot(stage), strict=True))
+
+
 @settings(deadline=None, max_examples=80)
 @given(
-    rows=st.lists(plausible | absurd, max_size=4),
+    rows=st.lists(plausible, max_size=2) | st.lists(plausible | absurd, max_size=2),
     size=st.none() | st.integers(0, 3000),
     seed=st.integers(0, 99),
 )
@@ -78,9 +98,14 @@ def test_a_hostile_step_is_refused_or_keeps_to_its_own_blocks(
     before = snapshot(stage)
     try:
         stage.run(rows, tensor_from(payload, stage))
-        named = {block for row in rows for block in row.blocks}
     except InvalidInput:
         named = set()
+    else:
+        named = {block for row in rows for block in row.blocks}
+        assert named <= set(range(KV_BLOCKS))
+        assert all(
+            0 <= row.start < row.start + row.n_tokens <= BLOCK_TOKENS * len(row.blocks) for row in rows
+        )
 
     others = [block for block in range(KV_BLOCKS) if block not in named]
     assert all(
