@@ -56,7 +56,8 @@ RETRY_S = 0.03
 FULL_QUEUE_PAUSE_S = 0.002
 TURN_LEASE_S = 3.0
 """A granted turn ends when no chunk came for this long: the asker died."""
-MAX_TURN_S = 30.0
+MAX_TURN_S, REST_S = 30.0, 10.0
+"""A peer may probe this host for so long at a stretch, however often it asks; then others have a while."""
 KEEP_S = 60.0
 """A link's figures stay for this long after its connection broke."""
 CHUNK_BYTES = 256 * 1024
@@ -141,6 +142,8 @@ class LinkMonitor:
         self._peers_changed = asyncio.Event()
         self._my_turn = asyncio.Lock()
         self._turn: _Asking | _Granted | None = None
+        self._allowances_s: dict[str, float] = {}
+        """Until when each peer may be granted turns. Of members alone, so it stays small."""
         self._n_sent = 0
 
     def connected(self, node: str) -> None:
@@ -422,9 +425,18 @@ class LinkMonitor:
         if isinstance(turn, _Asking) and self._gives_way(turn, src):
             turn.answer.set_result(ProbeAnswer(probe=turn.probe, is_granted=False, retry_after_s=RETRY_S))
             turn = None
+        end_s = self._end_of_allowance_s(src, now_s)
+        is_granted = turn is None and now_s < end_s
         if turn is None:
-            self._turn = _Granted(src, ask.probe, now_s + TURN_LEASE_S, now_s + MAX_TURN_S)
-        self._send(src, ProbeAnswer(probe=ask.probe, is_granted=turn is None, retry_after_s=RETRY_S))
+            until_s = min(end_s, now_s + TURN_LEASE_S)
+            self._turn = _Granted(src, ask.probe, until_s, end_s) if is_granted else None
+        self._send(src, ProbeAnswer(probe=ask.probe, is_granted=is_granted, retry_after_s=RETRY_S))
+
+    def _end_of_allowance_s(self, node: str, now_s: float) -> float:
+        end_s = self._allowances_s.get(node)
+        if end_s is None or now_s >= end_s + REST_S:
+            end_s = self._allowances_s[node] = now_s + MAX_TURN_S
+        return end_s
 
     def _gives_way(self, asking: _Asking, src: str) -> bool:
         """Two hosts that ask each other would both be busy: the smaller id goes first."""
