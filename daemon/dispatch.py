@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import assert_never, cast
 
 import msgspec
 
+from daemon.complaints import Complaints
 from daemon.coordinator import CoordinationLoop
 from daemon.courier import Courier, Payload
 from daemon.discovery.roster import Roster
@@ -16,6 +17,8 @@ from daemon.epochs import Epochs
 from daemon.gateway import Gateway
 from daemon.peering.links import LinkMonitor
 from daemon.stages import StageHost
+from hexmesh.ids import short
+from hexmesh.serving.senders import sender_fault
 from hexmesh.wire.codec import Codec
 from hexmesh.wire.control import (
     CONTROL_MESSAGE,
@@ -56,6 +59,9 @@ from hexmesh.wire.notice import NOTICE_MESSAGE, PlanBlocked
 
 log = logging.getLogger("hexmesh.dispatch")
 
+DEAF_S = 0.1
+"""How long the records of a member that has just sent a bad one are dropped unread."""
+
 DataMessage = DATA_MESSAGE
 FactsMessage = FACTS_MESSAGE
 PeerMessage = ControlMessage | DataMessage | FactsMessage | PlanBlocked
@@ -78,10 +84,16 @@ class Dispatcher:
     links: LinkMonitor
     roster: Roster
     stats: dict[str, ReplicaStats]
+    complaints: Complaints = field(default_factory=Complaints)
+    _deaf_until_s: dict[str, float] = field(default_factory=dict)
+    """Of members alone, so it stays small."""
 
     def on_message(self, src: str, message: msgspec.Struct, payload: Payload) -> None:
         """A message from `src`, which may be this node itself."""
         known = cast(PeerMessage, message)
+        if (fault := self._sender_fault(src, known)) is not None:
+            self._complain(src, f"{type(known).__name__} dropped: {fault}")
+            return
         if isinstance(known, Step | StepResult | Generate | Generated):
             self.links.data_flowed()
         match known:
@@ -94,14 +106,14 @@ class Dispatcher:
             case Generate():
                 self._on_generate(src, known)
             case Generated() | GenerateFailed():
-                self.gateway.on_message(known)
+                self.gateway.on_message(src, known)
             case GenerateCancel():
                 for driver in self.epochs.drivers():
                     driver.cancel(known)
             case ReplicaStats():
                 self.on_stats(known)
             case Facts():
-                self.roster.learn(known.record)
+                self._on_facts(src, known)
             case Ping() | Pong() | ProbeAsk() | ProbeAnswer() | ProbeChunk() | ProbeReport() | ProbeEnd():
                 self.links.receive(src, known, payload)
             case PlanBlocked():
@@ -117,10 +129,32 @@ class Dispatcher:
             self.stats[stats.replica] = stats
         self.epochs.on_stats(stats)
 
-    def _on_control(self, src: str, message: ControlMessage) -> None:
-        if message.header.src != src:
-            log.warning("control message refused peer=%s claims_to_be=%s", src, message.header.src)
+    def _on_facts(self, src: str, facts: Facts) -> None:
+        """Signatures take time to check: who sends a bad one is not listened to for a moment."""
+        now_s = time.monotonic()
+        if now_s < self._deaf_until_s.get(src, now_s):
             return
+        if not self.roster.learn(facts.record):
+            self._deaf_until_s[src] = now_s + DEAF_S
+
+    def _sender_fault(self, src: str, message: PeerMessage) -> str | None:
+        """Why `src` may not say this; a lie is dropped here, before any part acts on it."""
+        match message:
+            case Step() | StepResult() | StepRefused() | ReplicaStats():
+                return sender_fault(src, message, self.epochs.plan(message.epoch))
+            case Generate() | GenerateCancel():
+                return sender_fault(src, message, None)
+            case Hello() | Ask() | Grant() | Nack() | Beat() | Ack() | Prepare() | CertMessage() | Yield():
+                claimed = message.header.src
+                return None if claimed == src else f"it claims to be from {short(claimed)}"
+            case _:
+                return None
+
+    def _complain(self, src: str, reason: str) -> None:
+        if self.complaints.is_news(src, reason, time.monotonic()):
+            log.warning("message refused node=%s reason=%s", short(src), reason)
+
+    def _on_control(self, src: str, message: ControlMessage) -> None:
         self.coordination.receive(message)
 
     def _on_step_answer(self, answer: StepResult | StepRefused) -> None:

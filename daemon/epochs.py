@@ -19,7 +19,7 @@ from daemon.courier import Courier
 from daemon.pipeline import ReplicaDriver, StepTrace
 from daemon.stages import StageHost
 from hexmesh.errors import HexmeshError
-from hexmesh.plan import Plan, Replica, decode_plan, digest_of
+from hexmesh.plan import Plan, Replica, decode_plan, digest_of, plan_fault
 from hexmesh.serving.batcher import BatchLimits
 from hexmesh.serving.blocks import BlockPool
 from hexmesh.wire.control import Cert, Epoch
@@ -81,6 +81,9 @@ class Epochs:
             plan = decode_plan(plan_bytes)
         except msgspec.MsgspecError as error:
             self._on_load_failed(epoch, f"the plan cannot be read: {error}")
+            return
+        if (fault := plan_fault(plan)) is not None:
+            self._on_load_failed(epoch, f"the plan makes no sense: {fault}")
             return
         held = HeldEpoch(epoch, plan, digest_of(plan_bytes))
         self._held[epoch] = held
@@ -147,6 +150,11 @@ class Epochs:
                     self.draining.idle_replicas.add(replica.id)
             self.check_drained()
 
+    def plan(self, epoch: Epoch) -> Plan | None:
+        """The plan of an epoch that is held here."""
+        held = self._held.get(epoch)
+        return held.plan if held is not None else None
+
     def driver(self, epoch: Epoch, replica_id: str) -> ReplicaDriver | None:
         """The driver of that replica in that epoch, if it is here."""
         held = self._held.get(epoch)
@@ -212,6 +220,7 @@ class Epochs:
                 pool=self._pool_for(held, replica),
                 limits=self._limits,
                 vocab_size=self._vocab_size,
+                max_model_tokens=held.plan.max_model_tokens,
                 on_broken=self._on_broken,
                 on_step=self._on_step,
                 on_idle=self.check_drained,

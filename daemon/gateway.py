@@ -25,6 +25,8 @@ SILENCE_S = 60.0
 """A driver that sends nothing for so long is given up, and the request is tried again."""
 RETRY_PAUSE_S = 0.02
 MAX_RETRY_PAUSE_S = 0.5
+_SPARE_MESSAGES = 16
+"""A driver has one message a token to send, and a few besides; what is over that is a flood."""
 MAX_BUSY_S = 1.0
 """How long a request that found the queue full is tried before the client is told."""
 
@@ -107,10 +109,12 @@ class Gateway:
             if flight.route is not None and flight.route.driver == node:
                 flight.inbox.put_nowait(self._give_up(flight, reason, retry=True))
 
-    def on_message(self, message: Generated | GenerateFailed) -> None:
-        """Tokens or a failure from a driver; messages of older attempts are dropped."""
+    def on_message(self, src: str, message: Generated | GenerateFailed) -> None:
+        """Tokens or a failure from a driver; those of another node or an older attempt are dropped."""
         flight = self._flights.get(message.sequence)
-        if flight is not None and message.attempt == flight.attempt:
+        if flight is None or message.attempt != flight.attempt or flight.route is None:
+            return
+        if src == flight.route.driver and flight.inbox.qsize() < flight.request.max_tokens + _SPARE_MESSAGES:
             flight.inbox.put_nowait(message)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart, None]:

@@ -68,6 +68,7 @@ class ReplicaDriver:
         pool: BlockPool,
         limits: BatchLimits,
         vocab_size: int,
+        max_model_tokens: int,
         on_broken: Callable[[Epoch, str], None],
         on_step: Callable[[StepTrace], None],
         on_idle: Callable[[], None],
@@ -81,6 +82,7 @@ class ReplicaDriver:
         self._cert = cert
         self._courier = courier
         self._vocab_size = vocab_size
+        self._max_model_tokens = max_model_tokens
         self._on_broken = on_broken
         self._on_step = on_step
         self._on_idle = on_idle
@@ -138,7 +140,12 @@ class ReplicaDriver:
 
     def on_result(self, result: StepResult) -> None:
         """The last stage answered the step in flight."""
-        if self._answer is not None and not self._answer.done() and result.step == self.steps_run:
+        if self._answer is None or self._answer.done() or result.step != self.steps_run:
+            return
+        if (fault := self._result_fault(result)) is not None:
+            last = self.replica.stages[-1].node
+            self._break(f"the last stage on {last[:8]} answered nonsense: {fault}")
+        else:
             self._answer.set_result(result)
 
     def on_refused(self, refusal: StepRefused) -> None:
@@ -289,12 +296,29 @@ class ReplicaDriver:
                 history.popleft()
         return RATE_WINDOW_S
 
+    def _result_fault(self, result: StepResult) -> str | None:
+        """Why this cannot be the answer to the step in flight."""
+        if len(result.sampled) != self._batcher.n_awaited_tokens:
+            return f"{len(result.sampled)} tokens where {self._batcher.n_awaited_tokens} were asked for"
+        if any(not 0 <= token.token_id < self._vocab_size for token in result.sampled):
+            return f"a token outside the vocabulary of {self._vocab_size}"
+        if len(result.stage_seconds) != len(self.replica.stages):
+            return f"times of {len(result.stage_seconds)} stages, not {len(self.replica.stages)}"
+        return None
+
     def _break(self, reason: str) -> None:
         self.close(reason)
         self._on_broken(self.epoch, reason)
 
     def _check_tokens(self, message: Generate) -> None:
         """A token that the model does not have would break the step for every sequence in it."""
+        n_final = len(message.prompt) + message.max_tokens
+        if not len(message.emitted) < message.max_tokens or n_final > self._max_model_tokens:
+            raise InvalidInput(
+                f"{len(message.prompt)} prompt tokens, {len(message.emitted)} of {message.max_tokens} answered: "
+                f"the model takes {self._max_model_tokens} in all, and one or more must be left to answer",
+                code="context_length_exceeded",
+            )
         tokens = [*message.prompt, *message.emitted]
         if not message.prompt or min(tokens) < 0 or max(tokens) >= self._vocab_size:
             raise InvalidInput(

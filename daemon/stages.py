@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass
 
@@ -21,12 +22,14 @@ from hexmesh.errors import HexmeshError, InvalidInput
 from hexmesh.membership.outputs import Accepted, Admission
 from hexmesh.plan import Plan, Replica, Stage
 from hexmesh.wire.control import Epoch
-from hexmesh.wire.data import Step, StepRefused, StepResult
+from hexmesh.wire.data import MAX_STEP_TOKENS, Step, StepRefused, StepResult
 from hexmesh.wire.worker import LoadStage, RunStep, StepDone
 
 log = logging.getLogger("hexmesh.stages")
 
 StageKey = tuple[Epoch, str, int]
+MAX_STEPS_WAITING = 32
+"""Of one stage. A driver has few steps under way; more would only fill this host's memory."""
 STEP_DEADLINE_S = 30.0
 """The least time that a step may take before its worker counts as hung."""
 
@@ -79,6 +82,7 @@ class StageHost:
         self._on_broken = on_broken
         self._held: dict[StageKey, HeldStage] = {}
         self._broken: set[tuple[Epoch, str]] = set()
+        self._n_running: Counter[StageKey] = Counter()
         self.last_step_s = -math.inf
         """When a step was taken in last, on the monotonic clock."""
 
@@ -140,14 +144,21 @@ class StageHost:
             self._refuse(step, admission.reason, admission)
             return
         self.last_step_s = time.monotonic()
-        held = self._held.get((step.epoch, step.replica, step.stage))
+        key = (step.epoch, step.replica, step.stage)
+        held = self._held.get(key)
         if held is None:
             self._refuse(step, "this stage is not loaded here", None)
             return
+        if (fault := self._size_fault(step)) is not None:
+            self._refuse(step, fault, None)
+            return
+        self._n_running[key] += 1
         self._group.create_task(self._run(held, step, payload), name=f"step-{step.step}")
 
     async def _load(self, epoch: Epoch, plan: Plan, replica: Replica, index: int) -> bool:
         stage = replica.stages[index]
+        if stage.devices[0] not in self._budgets:
+            raise InvalidInput(f"the plan names device {stage.devices[0]}, which this host does not have")
         name, placement = stage_name(epoch, replica.id, index), plan.placement_of(replica)
         held = HeldStage(
             name=name,
@@ -194,7 +205,25 @@ class StageHost:
             budget_bytes=self._budgets[stage.devices[0]],
         )
 
+    def _size_fault(self, step: Step) -> str | None:
+        """Why a step is more than any driver would ask of a stage, so that it is not even queued."""
+        n_tokens = sum(row.n_tokens for row in step.rows)
+        if not 0 < n_tokens <= MAX_STEP_TOKENS:
+            return f"a step of {n_tokens} tokens, and 1 to {MAX_STEP_TOKENS} are taken"
+        if self._n_running[(step.epoch, step.replica, step.stage)] >= MAX_STEPS_WAITING:
+            return f"{MAX_STEPS_WAITING} steps wait at this stage already"
+        return None
+
     async def _run(self, held: HeldStage, step: Step, payload: Payload) -> None:
+        key = (step.epoch, step.replica, step.stage)
+        try:
+            await self._compute(held, step, payload)
+        finally:
+            self._n_running[key] -= 1
+            if not self._n_running[key]:
+                del self._n_running[key]
+
+    async def _compute(self, held: HeldStage, step: Step, payload: Payload) -> None:
         deadline_s = max(STEP_DEADLINE_S, 100 * held.replica.stages[held.index].predicted_step_s)
         try:
             async with asyncio.timeout(deadline_s):

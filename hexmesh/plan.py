@@ -10,6 +10,8 @@ import msgspec
 Role = Literal["mixed", "prefill", "decode"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
+_LONGEST_STEP_S = 3600.0
+
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -114,7 +116,36 @@ def encode_plan(plan: Plan) -> bytes:
 
 def decode_plan(data: bytes) -> Plan:
     """The plan in `data`; msgspec.ValidationError or DecodeError when it is not one."""
-    return msgspec.msgpack.decode(data, type=Plan)
+    try:
+        return msgspec.msgpack.decode(data, type=Plan)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
+
+
+def plan_fault(plan: Plan) -> str | None:
+    """What no planner would write, and what would break whoever carries it out; None for a sound plan.
+
+    Whether it fits the devices is another question (`hexmesh.schedule.check`).
+    """
+    if len({replica.id for replica in plan.replicas}) != len(plan.replicas):
+        return "two replicas have one name"
+    if plan.max_model_tokens < 1:
+        return "it takes no tokens"
+    faults = (_replica_fault(plan, replica) for replica in plan.replicas)
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _replica_fault(plan: Plan, replica: Replica) -> str | None:
+    starts = [stage.start for stage in replica.stages]
+    stops = [stage.stop for stage in replica.stages]
+    covers = [0, *stops] == [*starts, plan.n_layers] and all(stage.n_layers > 0 for stage in replica.stages)
+    if not replica.stages or not covers:
+        return f"the stages of replica {replica.id} do not cover {plan.n_layers} layers once, in order"
+    if replica.block_tokens < 1 or replica.kv_blocks < 1:
+        return f"replica {replica.id} has no room for KV"
+    if not all(stage.devices and 0 <= stage.predicted_step_s < _LONGEST_STEP_S for stage in replica.stages):
+        return f"a stage of replica {replica.id} has no device, or takes an impossible time"
+    return None
 
 
 def digest_of(data: bytes) -> str:

@@ -81,7 +81,7 @@ class MeshDht:
         options: DhtOptions,
         attestor: Attestor,
         *,
-        on_record: Callable[[bytes], None],
+        on_record: Callable[[bytes], object],
         now_unix_s: Callable[[], float] = time.time,
     ) -> None:
         self._options = options

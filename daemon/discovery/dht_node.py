@@ -30,6 +30,7 @@ from hivemind.proto import dht_pb2
 from hivemind.utils.auth import AuthorizerBase, AuthRole, AuthRPCWrapper
 from hivemind.utils.multiaddr import Multiaddr
 
+from daemon.complaints import Complaints
 from daemon.discovery.libp2p import split_multiaddr
 from daemon.trust.attestor import Attestor
 from hexmesh.errors import HexmeshError, Lost, Refused, TimedOut
@@ -134,6 +135,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
         self._attestor = attestor
         self._now_unix_s = now_unix_s
         self._judged: OrderedDict[bytes, bool] = OrderedDict()
+        self._complaints = Complaints()
 
     def validate(self, record: DHTRecord) -> bool:
         digest = hashlib.sha256(
@@ -157,7 +159,7 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
                 now_unix_s=self._now_unix_s() - _EXPIRED_SLACK_S,
             )
         except (Refused, msgspec.DecodeError, UnicodeDecodeError) as error:
-            log.warning("DHT record refused reason=%s", error)
+            self._complain(str(error))
             return False
         is_consistent = (
             subkey == known.record.node
@@ -165,10 +167,12 @@ class RecordValidator(RecordValidatorBase):  # type: ignore[misc]
             and abs(record.expiration_time - known.expires_at_unix_s) < 1e-6
         )
         if not is_consistent:
-            log.warning(
-                "DHT record refused reason=%s's record lies in another's place", short(known.record.node)
-            )
+            self._complain(f"{short(known.record.node)}'s record lies in another's place")
         return is_consistent
+
+    def _complain(self, reason: str) -> None:
+        if self._complaints.is_news("record", reason, self._now_unix_s()):
+            log.warning("DHT record refused reason=%s", reason)
 
 
 class HivemindNode:

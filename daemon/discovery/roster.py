@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import msgspec
 
+from daemon.complaints import Complaints
 from daemon.peering.address import parse_address
 from daemon.trust.attestor import Attestor
 from hexmesh.errors import HexmeshError, Refused
 from hexmesh.identity.keys import verify
 from hexmesh.ids import short
-from hexmesh.membership.records import Directory, NodeRecord, SignedRecord, open_record
+from hexmesh.membership.records import Directory, NodeRecord, SignedRecord, open_record, record_head
 
 log = logging.getLogger("hexmesh.roster")
 
@@ -35,28 +36,36 @@ class Roster:
         self._on_address = on_address
         self._on_change = on_change
         self._keys = {attestor.node_id: attestor.identity.public_bytes}
-        self._refused: set[str] = set()
+        self._complaints = Complaints()
 
-    def learn(self, signed: bytes) -> None:
-        """Take in a record; one that no member of this mesh signed about itself is logged once and dropped."""
+    def learn(self, signed: bytes) -> bool:
+        """Take in a record; one that no member of this mesh signed about itself is logged once and dropped.
+
+        False for such a one. What is old, known or expired (peers pass such records on) is dropped before anything
+        is verified, which is what costs time.
+        """
+        now_unix_s = time.time()
         try:
+            head = record_head(signed)
+            if head.expires_at_unix_s <= now_unix_s or not self.directory.is_news(head):
+                return True
             known = open_record(
                 signed,
                 mesh_id=self._attestor.mesh_id,
                 verify=self._attestor.verify,
-                now_unix_s=time.time(),
+                now_unix_s=now_unix_s,
             )
         except Refused as refused:
-            if refused.message not in self._refused and len(self._refused) < 1000:
-                self._refused.add(refused.message)
+            if self._complaints.is_news("record", refused.message, time.monotonic()):
                 log.warning("record refused reason=%s", refused.message)
-            return
+            return False
         if not self.directory.merge(known):
-            return
+            return True
         record = known.record
         self._keys[record.node] = self._attestor.identify(_SIGNED.decode(signed).chain).public_bytes
         self._note_address(record)
         self._on_change(record)
+        return True
 
     def has_signed(self, node: str, payload: bytes, signature: bytes) -> bool:
         """Whether `node`, as far as it is known here, signed exactly this payload."""

@@ -68,6 +68,9 @@ class Incoming:
         self._local = local
         self._owner = owner
         self._state: _State = "handshake"
+        self._has_shown_root = False
+        self.source = _source_of(sock)
+        """The address that it comes from; one that fills the waiting room makes room itself."""
         self._loop = asyncio.get_running_loop()
         self._connection = FrameConnection(sock, context, self, JOIN_LIMITS, is_server=True)
         self._deadline = self._loop.call_later(GREET_S, self._run_late)
@@ -81,8 +84,17 @@ class Incoming:
     def is_stranger(self) -> bool:
         return self._state in ("stranger", "joining")
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is known of it yet that would be lost: no greeting, no request to join."""
+        return self._state in ("handshake", "greeting", "stranger", "refused")
+
     def close(self) -> None:
         self._connection.close()
+
+    def make_room(self) -> None:
+        """Close, for others wait to be heard."""
+        self._connection.close(Loss("timeout", "closed before it spoke, to make room for others"))
 
     def answer(self, reply: JoinAccepted | JoinRefused) -> None:
         """The end of the joining dialogue."""
@@ -144,6 +156,9 @@ class Incoming:
     def _hear_stranger(self, message: msgspec.Struct) -> None:
         match message:
             case WantRoot():
+                if self._has_shown_root:  # its answer is many times as long, and nobody needs it twice
+                    raise InvalidInput("the root was asked for twice")
+                self._has_shown_root = True
                 self._say(MeshRoot(root=self._local.tls.root_der, clock_unix_s=self._local.clock()))
             case JoinRequest():
                 self._state = "joining"
@@ -165,3 +180,10 @@ class Incoming:
 
     def _run_late(self) -> None:
         self._connection.close(Loss("timeout", "the other side did not speak in time"))
+
+
+def _source_of(sock: socket.socket) -> str:
+    try:
+        return str(sock.getpeername()[0])
+    except OSError:
+        return ""

@@ -29,7 +29,7 @@ CHANNELS: dict[Channel, ChannelRules] = {
         limits=FrameLimits(payload_bytes=16 * _MIB), queue_bytes=4 * _MIB, drops_oldest=True
     ),
     "data": ChannelRules(limits=FrameLimits(), queue_bytes=64 * _MIB, drops_oldest=False),
-    "probe": ChannelRules(limits=FrameLimits(), queue_bytes=64 * _MIB, drops_oldest=False),
+    "probe": ChannelRules(limits=FrameLimits(payload_bytes=_MIB), queue_bytes=64 * _MIB, drops_oldest=False),
 }
 
 

@@ -18,9 +18,11 @@ from typing import Self
 
 import msgspec
 
+from daemon.complaints import Complaints
 from daemon.peering.acceptor import Acceptor
 from daemon.peering.address import Address, bound_address, parse_address
 from daemon.peering.connection import Loss, prepare_socket
+from daemon.peering.crowd import oldest_of_the_crowd
 from daemon.peering.greeting import LocalPeer, clock_difference_s
 from daemon.peering.incoming import Incoming
 from daemon.peering.outbox import OutboxRules
@@ -46,8 +48,6 @@ _log = logging.getLogger("hexmesh.peers")
 
 _MAX_STRANGERS = 16
 _MAX_UNGREETED = 256
-_SAY_AGAIN_S = 60.0
-_MAX_SAID = 256
 
 
 @dataclass(slots=True)
@@ -93,12 +93,13 @@ class PeerNetwork:
         self._channels = channels
         self._peers: dict[NodeId, _Peer] = {}
         self._removed: set[NodeId] = set()
-        self._accepted: set[Incoming] = set()
+        self._accepted: dict[Incoming, None] = {}
+        """Oldest first."""
         self._server_context = server_context(local.tls)
         self._client_context = client_context(local.tls)
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._said: dict[tuple[str, str], float] = {}
+        self._complaints = Complaints()
         self._is_open = False
 
     async def __aenter__(self) -> Self:
@@ -252,7 +253,14 @@ class PeerNetwork:
         return node_id in self._removed
 
     def may_enter(self, stranger: Incoming) -> bool:
-        return sum(other.is_stranger for other in self._accepted) < _MAX_STRANGERS
+        strangers = [other for other in self._accepted if other.is_stranger]
+        if len(strangers) < _MAX_STRANGERS:
+            return True
+        idlest = oldest_of_the_crowd([other for other in strangers if other.is_idle])
+        if idlest is None or idlest.source == stranger.source:
+            return False
+        idlest.make_room()
+        return True
 
     def limits_of(self, channel: Channel) -> FrameLimits:
         return self._channels[channel].limits
@@ -275,7 +283,7 @@ class PeerNetwork:
         self._start(self._admit(stranger, request))
 
     def on_incoming_lost(self, incoming: Incoming, loss: Loss) -> None:
-        self._accepted.discard(incoming)
+        self._accepted.pop(incoming, None)
         if not self._is_open:
             return
         if loss.kind in ("tls", "protocol", "timeout"):
@@ -290,14 +298,8 @@ class PeerNetwork:
 
     def _complain(self, who: str, reason: str) -> None:
         """Say once a minute why nothing comes of a connection: the other side may try again for ever."""
-        now_s = self._loop.time()
-        said = {
-            complaint: said_s for complaint, said_s in self._said.items() if now_s - said_s < _SAY_AGAIN_S
-        }
-        if (who, reason) not in said and len(said) < _MAX_SAID:
-            said[who, reason] = now_s
+        if self._complaints.is_news(who, reason, self._loop.time()):
             _log.warning("no connection node=%s reason=%s", who, reason)
-        self._said = said
 
     # How a peer comes and goes.
 
@@ -376,17 +378,20 @@ class PeerNetwork:
     # Accepting.
 
     def _welcome(self, sock: socket.socket) -> None:
-        n_ungreeted = sum(not incoming.is_member for incoming in self._accepted)
-        if n_ungreeted >= _MAX_UNGREETED:
-            sock.close()
-            return
+        waiting = [incoming for incoming in self._accepted if not incoming.is_member]
+        if len(waiting) >= _MAX_UNGREETED:
+            idlest = oldest_of_the_crowd([incoming for incoming in waiting if incoming.is_idle])
+            if idlest is None:
+                sock.close()
+                return
+            idlest.make_room()
         try:
             prepare_socket(sock)
             incoming = Incoming(sock, self._server_context, self._local, self)
         except OSError:  # it hung up already
             sock.close()
             return
-        self._accepted.add(incoming)
+        self._accepted[incoming] = None
 
     async def _admit(self, stranger: Incoming, request: JoinRequest) -> None:
         if self._events.admit is None:

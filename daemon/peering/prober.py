@@ -31,6 +31,8 @@ FILL_S = 0.002
 """How often the connection's queue is filled up: it has no news of room."""
 TURN_LEASE_S = 3.0
 """A granted turn ends when no chunk came for this long: the asker died."""
+MAX_TURN_S, REST_S = 30.0, 10.0
+"""A peer may probe this host for so long at a stretch, however often it asks; then others have a while."""
 
 _FILLER = memoryview(os.urandom(MAX_CHUNK_BYTES))
 
@@ -68,6 +70,8 @@ class _Granted:
     is_urgent: bool
     since_s: float
     until_s: float
+    end_s: float
+    """When the turn is over, whatever still comes: nobody keeps this host from measuring for long."""
     first_chunk_s: float | None = None
     reported_s: float = 0.0
     n_bytes: int = 0
@@ -90,6 +94,8 @@ class Prober:
         self._stopwatch = stopwatch
         self._one_at_a_time = asyncio.Lock()
         self._turn: _Asking | _Granted | None = None
+        self._allowances_s: dict[str, float] = {}
+        """Until when each peer may be granted turns. Of members alone, so it stays small."""
         self._n_asked = 0
         self._flowed_s = float("-inf")
 
@@ -227,8 +233,9 @@ class Prober:
     def _on_ask(self, src: str, ask: ProbeAsk) -> None:
         retry_after_s = self._retry_after_s(src, ask)
         if retry_after_s is None:
-            now_s = self._now_s()
-            self._turn = _Granted(src, ask.probe, ask.is_urgent, now_s, now_s + TURN_LEASE_S)
+            now_s, end_s = self._now_s(), self._end_of_allowance_s(src)
+            until_s = min(end_s, now_s + TURN_LEASE_S)
+            self._turn = _Granted(src, ask.probe, ask.is_urgent, now_s, until_s, end_s)
         answer = ProbeAnswer(
             probe=ask.probe, is_granted=retry_after_s is None, retry_after_s=retry_after_s or 0.0
         )
@@ -238,6 +245,8 @@ class Prober:
         """None: it may be now. An ask of this host's own gives way first."""
         if self._data_flows() and not ask.is_urgent:
             return QUIET_S
+        if self._now_s() >= self._end_of_allowance_s(src):
+            return REST_S
         turn = self._turn
         if isinstance(turn, _Granted) and (turn.node == src or self.is_free):
             return None
@@ -245,6 +254,12 @@ class Prober:
             turn.answer.set_result(ProbeAnswer(probe=turn.probe, is_granted=False, retry_after_s=RETRY_S))
             return None
         return None if turn is None else RETRY_S
+
+    def _end_of_allowance_s(self, node: str) -> float:
+        now_s, end_s = self._now_s(), self._allowances_s.get(node)
+        if end_s is None or now_s >= end_s + REST_S:
+            end_s = self._allowances_s[node] = now_s + MAX_TURN_S
+        return end_s
 
     def _gives_way(self, asking: _Asking, src: str) -> bool:
         """Two hosts that ask each other would both be busy: the smaller id goes first."""
@@ -254,12 +269,14 @@ class Prober:
         turn = self._turn
         if not isinstance(turn, _Granted) or not self._is_of(turn, src, chunk.probe):
             return
+        if self._now_s() >= turn.end_s:
+            return
         arrived_s = self._stopwatch()
         if turn.first_chunk_s is None:
             turn.first_chunk_s = turn.reported_s = arrived_s
         else:
             turn.n_bytes += n_bytes
-        turn.until_s = self._now_s() + TURN_LEASE_S
+        turn.until_s = min(turn.end_s, self._now_s() + TURN_LEASE_S)
         if chunk.is_last or arrived_s - turn.reported_s >= REPORT_S:
             turn.reported_s = arrived_s
             self._report(turn, arrived_s - turn.first_chunk_s, is_last=chunk.is_last)

@@ -45,7 +45,7 @@ class TextLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(record.created))
-        message = record.getMessage()
+        message = printable(record.getMessage())
         if record.name != PROGRESS:
             message = f"{record.name} {message}"
         if record.levelno >= logging.WARNING:
@@ -58,6 +58,11 @@ class TextLines(logging.Formatter):
 
     def _coloured(self, colour: str, text: str) -> str:
         return f"{colour}{text}{_RESET}" if self._colours else text
+
+
+def printable(text: str) -> str:
+    """On one line and without escape sequences: parts of it may have been chosen by others."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class JsonLines(logging.Formatter):

@@ -60,6 +60,11 @@ class HttpOptions:
     """Longest silence on an event stream before a comment is sent."""
     write_timeout_s: float = 30.0
     """How long a client may stop reading its answer before it counts as gone."""
+    idle_s: float = 20.0
+    """How long a connection may take to send a request's head; also how long it is kept between requests."""
+    body_s: float = 30.0
+    """How long a request's body may take to arrive."""
+    max_connections: int = 512
     shutdown_s: float = 3.0
     """How long closing waits for answers under way."""
 

@@ -229,7 +229,7 @@ def _sampling(body: SamplingBody, terms: Terms) -> SamplingParams:
     return SamplingParams(
         temperature=terms.default_temperature if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else max(body.top_p, _SMALLEST_TOP_P),
-        top_k=max(body.top_k or 0, 0),
+        top_k=min(max(body.top_k or 0, 0), 2**31 - 1),
         min_p=body.min_p or 0.0,
         seed=seed_of(terms.request_id) if body.seed is None else body.seed % 2**63,
         n_logprobs=terms.n_logprobs,

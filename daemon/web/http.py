@@ -10,6 +10,7 @@ minutes or later, on any peer, uses the same seed.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import random
@@ -19,13 +20,15 @@ from collections.abc import Awaitable, Callable
 from types import TracebackType
 
 from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from daemon.runfile import local_http_url
 from daemon.web.access import ARRIVED_S, REQUEST_ID, Access, Doorkeeper, Handler, HttpOptions, Route
 from daemon.web.admin import AdminRoutes
+from daemon.web.capped_runner import CappedRunner
 from daemon.web.completer import Completer
 from daemon.web.generate_route import GenerateRoute
-from daemon.web.http_errors import error_response, from_http_exception, internal_error, invalid
+from daemon.web.http_errors import HttpFailure, error_response, from_http_exception, internal_error, invalid
 from daemon.web.openai import OpenAiRoutes
 from daemon.web.service import MeshService
 from daemon.web.telemetry import Telemetry
@@ -74,8 +77,14 @@ class HttpSurface:
             add = {"GET": app.router.add_get, "POST": app.router.add_post}[route.method]
             add(_any_slashes(route.path), self._guarded(route.access, route.handler))
         # A client that goes away must cancel its handler, which closes the sequences it waits for.
-        self._runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=options.shutdown_s
+        self._runner = CappedRunner(
+            app,
+            max_connections=options.max_connections,
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=options.shutdown_s,
+            keepalive_timeout=options.idle_s,
+            logger=_protocol_log(),
         )
 
     @property
@@ -115,7 +124,8 @@ class HttpSurface:
                     f"{REQUEST_ID_HEADER} takes 1 to 128 visible ASCII characters", param=REQUEST_ID_HEADER
                 )
             )
-        return await handler(request)
+        with self._runner.serving(request):
+            return await handler(request)
 
     @web.middleware
     async def _answer_failures(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -130,7 +140,7 @@ class HttpSurface:
             return web.Response(status=499)
         except Exception:
             # The process edge: whatever it is, the client gets an error object and the log gets the trace.
-            log.exception("request failed request=%s path=%s", request[REQUEST_ID], request.path)
+            log.exception("request failed request=%s path=%s", request[REQUEST_ID], request.rel_url.raw_path)
             return error_response(internal_error())
 
     @web.middleware
@@ -154,9 +164,34 @@ class HttpSurface:
     ) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
         async def guarded(request: web.Request) -> web.StreamResponse:
             self._doorkeeper.check_key(request, access)
+            if request.method == hdrs.METH_POST:
+                await self._receive_body(request)
             return await handler(request)
 
         return guarded
+
+    async def _receive_body(self, request: web.Request) -> None:
+        """Have the whole body here, for `request.read()`. One that trickles in holds a connection no longer."""
+        try:
+            async with asyncio.timeout(self._options.body_s):
+                await request.read()
+        except TimeoutError:
+            raise HttpFailure(
+                408,
+                f"the request body did not arrive within {self._options.body_s:.0f} s",
+                code="body_too_slow",
+                headers={hdrs.CONNECTION: "close"},
+            ) from None
+
+
+def _protocol_log() -> logging.Logger:
+    """What aiohttp logs to, without a traceback for each line of garbage that a stranger sends."""
+    logger = logging.getLogger("hexmesh.http.protocol")
+    if not logger.filters:
+        logger.addFilter(
+            lambda record: not isinstance((record.exc_info or (None, None))[1], HttpProcessingError)
+        )
+    return logger
 
 
 def _any_slashes(path: str) -> str:

@@ -23,7 +23,7 @@ MAX_STOP_STRINGS = 64
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 StopString = Annotated[str, Field(min_length=1)]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (1,),

@@ -168,6 +168,8 @@ class Coordination:
         is_misaddressed = header.to_boot not in (None, self.boot)
         if is_misaddressed and not isinstance(message, Hello):
             return []
+        if any(self._terms.is_leap(ballot) for ballot in _ballots_in(message)):
+            return []
         self._note_terms(message)
         if self._peers.hear(header, now_s):
             self._note_rebirth(header.src, now_s)
@@ -264,6 +266,8 @@ class Coordination:
 
     def learn_cert(self, cert: Cert, now_s: float) -> list[Output]:
         """A certificate that came with a Refuse: commit it if that may be done here (H4)."""
+        if self._terms.is_leap(cert.epoch.ballot):
+            return []
         self._terms.see(cert.epoch.ballot)
         self._host.on_cert(cert, now_s)
         return self._finish_own_report(now_s)
@@ -537,6 +541,24 @@ class Coordination:
         if self._host.is_superseded:
             return "a later plan does without this host"
         return None
+
+
+def _ballots_in(message: ControlMessage) -> tuple[Ballot, ...]:
+    """Every ballot that the receiver would count on from, or keep."""
+    match message:
+        case Hello():
+            cert = () if message.cert is None else (message.cert.epoch.ballot,)
+            return (message.promised, message.ballot, *cert)
+        case Nack():
+            return (message.promised,)
+        case Prepare():
+            return (message.ballot, message.epoch.ballot)
+        case CertMessage():
+            return (message.cert.epoch.ballot,)
+        case Ask() | Beat() | Yield() | Grant() | Ack():
+            return (message.ballot,)
+        case _:
+            assert_never(message)
 
 
 def _is_own_claim(message: ControlMessage) -> bool:

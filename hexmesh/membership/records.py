@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
@@ -18,6 +19,8 @@ import msgspec
 from hexmesh.cluster import Cluster, Device, Link, Node
 from hexmesh.errors import Refused
 from hexmesh.ids import short
+from hexmesh.wire.peering import MAX_TEXT
+from hexmesh.wire.peering import Text as _Text
 
 Sign = Callable[[bytes], bytes]
 """Signs a payload with the node's key."""
@@ -29,12 +32,12 @@ VerifyMember = Callable[[Chain, bytes, bytes], str]
 """(chain, payload, signature) -> node id of the member that signed; raises Refused."""
 
 MAX_RECORD_BYTES = 256 * 1024
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 REFRESH_S = 20.0
 LIFETIME_S = 60.0
 MAX_LIFETIME_S = 2 * LIFETIME_S
 """A record that claims to be good for longer is refused: it could not be replaced or forgotten."""
 
-_Text = Annotated[str, msgspec.Meta(max_length=256)]
 _Certificate = Annotated[bytes, msgspec.Meta(max_length=4096)]
 
 
@@ -156,12 +159,13 @@ class RecordHead(NamedTuple):
 
     subkey: str
     expires_at_unix_s: float
+    sequence: int
 
 
 def record_head(data: bytes) -> RecordHead:
-    """The head of a record that was signed or opened here; nothing is verified. Raises Refused."""
-    signed = _read(data)[0]
-    return RecordHead(signed.subkey, signed.expires_at_unix_s)
+    """The head of a record; nothing is verified. Raises Refused."""
+    signed, record = _read(data)
+    return RecordHead(signed.subkey, signed.expires_at_unix_s, record.sequence)
 
 
 class Directory:
@@ -183,6 +187,11 @@ class Directory:
             return False
         self._known[known.record.node] = known
         return True
+
+    def is_news(self, head: RecordHead) -> bool:
+        """Whether a record with this head, were it genuine, would replace what is known of its node."""
+        mine = self._known.get(head.subkey)
+        return mine is None or (head.sequence, head.expires_at_unix_s) > _age_order(mine)
 
     def forget(self, node: str) -> None:
         """The node was removed or left for good."""
@@ -283,6 +292,8 @@ def _check_figures(record: NodeRecord) -> None:
     """Refuse figures that no measurement gives: a planner divides by them."""
     for facts in record.devices:
         device = facts.device
+        if _CONTROL.search(device.name) or len(device.name) > MAX_TEXT:
+            raise _bad(f"{short(record.node)} gives device {device.index} a name that nobody can show")
         if not (_is_rate(device.flops_per_s) and _is_rate(device.bytes_per_s) and device.budget_bytes > 0):
             raise _bad(f"{short(record.node)} reports impossible figures for device {device.index}: {device}")
     if len({facts.device.index for facts in record.devices}) != len(record.devices):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from hexmesh.wire.control import Ballot
 
+MAX_TERM = 2**62
+MAX_LEAP = 2**32
+
 
 class Terms:
     """Shared by the roles of one boot; it only grows."""
@@ -14,6 +17,14 @@ class Terms:
     def see(self, ballot: Ballot) -> None:
         if ballot.term > self.highest:
             self.highest = ballot.term
+
+    def is_leap(self, ballot: Ballot) -> bool:
+        """Whether no honest history gives such a term: counting on from it would use the numbers up.
+
+        The first contact with a mesh may be with any term that leaves room to count.
+        """
+        limit = MAX_TERM if self.highest == 0 else min(MAX_TERM, self.highest + MAX_LEAP)
+        return not 0 <= ballot.term <= limit
 
     def next(self) -> int:
         """A term above all seen."""

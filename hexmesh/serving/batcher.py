@@ -63,6 +63,11 @@ class Batcher:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def n_awaited_tokens(self) -> int:
+        """How many tokens the step in flight must bring."""
+        return sum(row.reaches_end for row in self._in_flight)
+
     def sequences(self) -> list[Sequence]:
         """Everything this batcher holds, running first."""
         return [*self.running, *self.waiting]

@@ -15,6 +15,8 @@ from hexmesh.wire.worker import WORKER_REPLY, WORKER_REQUEST
 
 M = TypeVar("M", bound=msgspec.Struct)
 
+_MAX_SAID = 200
+
 _ENCODER = msgspec.msgpack.Encoder()
 
 
@@ -35,7 +37,10 @@ class Codec(Generic[M]):
         try:
             return self._decoder.decode(header)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, MemoryError) as error:
-            raise InvalidInput(f"not a {self._name} message: {error}", code="bad_message") from error
+            said = str(error)[
+                :_MAX_SAID
+            ]  # it quotes the message, which a stranger may have made a megabyte long
+            raise InvalidInput(f"not a {self._name} message: {said}", code="bad_message") from error
 
     def frame(self, message: M, payload: Buffer = b"", limits: FrameLimits = DEFAULT_LIMITS) -> list[Buffer]:
         """What to write for one message with its payload. Raises FrameTooLarge."""

@@ -6,7 +6,7 @@ judged by its epoch alone. Tensors travel beside the message, as the frame's pay
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -14,19 +14,28 @@ from hexmesh.wire.control import Cert, Epoch
 
 FinishReason = Literal["stop", "length"]
 
+MAX_STEP_ROWS = 1024
+MAX_STEP_TOKENS = 4096
+"""Many times what a driver batches: it bounds what the attention of one hostile step can allocate."""
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+_Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+_Id = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+_Seconds = Annotated[float, msgspec.Meta(ge=0.0)]
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """How to draw a token. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave the filter out."""
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int = 0
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=1e6)] = 0.0
+    top_p: _Share = 1.0
+    top_k: _Id = 0
+    min_p: _Share = 0.0
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     """Philox key; 0 <= seed < 2**63."""
-    choice: int = 0
+    choice: _Id = 0
     """Which of a request's n answers this is: first half of the Philox counter."""
-    n_logprobs: int = -1
+    n_logprobs: Annotated[int, msgspec.Meta(ge=-1, le=1024)] = -1
     """-1: no log-probabilities; 0: of the drawn token; k: also of the k likeliest tokens."""
 
 
@@ -59,8 +68,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     stage: int
     step: int
     driver: str
-    rows: list[Row]
-    stage_seconds: list[float] = []
+    rows: Annotated[list[Row], msgspec.Meta(max_length=MAX_STEP_ROWS)]
+    stage_seconds: list[_Seconds] = []
     """Compute time of the stages passed so far."""
 
 
@@ -71,7 +80,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     replica: str
     step: int
     sampled: list[SampledToken]
-    stage_seconds: list[float]
+    stage_seconds: list[_Seconds]
 
 
 class StepRefused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -107,7 +116,7 @@ class Generated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     sequence: str
     attempt: int
-    first: int
+    first: _Count
     tokens: list[SampledToken]
     finish_reason: FinishReason | None = None
 
@@ -135,12 +144,12 @@ class ReplicaStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     replica: str
     epoch: Epoch
-    requests_running: int
-    requests_waiting: int
-    kv_blocks_total: int
-    kv_blocks_free: int
-    tokens_per_s: float
-    stage_busy: list[float]
+    requests_running: _Count
+    requests_waiting: _Count
+    kv_blocks_total: _Count
+    kv_blocks_free: _Count
+    tokens_per_s: Annotated[float, msgspec.Meta(ge=0.0)]
+    stage_busy: list[_Share]
     is_broken: bool = False
     """It runs nothing any more: requests go to other replicas, or wait for another plan."""
 

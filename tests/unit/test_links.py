@@ -16,7 +16,7 @@ from daemon.peering.links import FIRST_PATIENCE_S, KEEP_S, LinkMonitor
 from daemon.peering.prober import TURN_LEASE_S
 from hexmesh.cluster import Link
 from hexmesh.membership.probing import HURRIED_PROBE
-from hexmesh.wire.facts import ProbeChunk, ProbeEnd, ProbeReport
+from hexmesh.wire.facts import ProbeAsk, ProbeChunk, ProbeEnd, ProbeReport
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
@@ -196,6 +196,25 @@ def test_a_full_probe_gives_each_direction_its_own_rate() -> None:
             assert back.bytes_per_s == pytest.approx(2e6, rel=0.05)
             assert (forth.lower_bound, back.lower_bound) == (False, False)
             assert mesh.network.probe_bytes < 2 * (6e6 + 32e6)
+
+    run_virtually(scene())
+
+
+def test_a_peer_that_probes_without_end_keeps_nobody_from_measuring() -> None:
+    async def hog(monitor: LinkMonitor) -> None:
+        for n in range(2000):
+            monitor.receive("evil", ProbeAsk(probe=n))
+            monitor.receive("evil", ProbeChunk(probe=n, is_last=False), bytes(1000))
+            await asyncio.sleep(0.05)
+
+    async def scene() -> None:
+        async with Mesh("ab") as mesh:
+            mesh.network.add_link("a", "b", rtt_s=0.001, bytes_per_s=125e6)
+            hogging = asyncio.create_task(hog(mesh["a"]))
+            await asyncio.sleep(1.0)
+            mesh.connect("a", "b")
+            await mesh.until_measured(("a", "b"), ("b", "a"), patience_s=45.0)
+            hogging.cancel()
 
     run_virtually(scene())
 

@@ -125,6 +125,8 @@ class FakeNode:
     worker: FakeWorker = field(default_factory=FakeWorker)
     is_cut: bool = False
     broken: set[tuple[Epoch, str]] = field(default_factory=set)
+    lie: Any = field(default_factory=lambda: lambda message: message)
+    """What becomes of each message that this node sends."""
 
     def __post_init__(self) -> None:
         self.gateway = Gateway(
@@ -163,7 +165,7 @@ class FakeNode:
         return self.id
 
     def send(self, to: str, message: msgspec.Struct, payload: Any = b"", *, channel: str = "data") -> bool:
-        return self.mesh.deliver(self, to, message, payload)
+        return self.mesh.deliver(self, to, self.lie(message), payload)
 
     def route(self, avoid: Set[tuple[Epoch, str]]) -> Route | None:
         held = self.epochs.committed
@@ -196,7 +198,7 @@ class FakeNode:
             case StepResult() | StepRefused() | GenerateCancel() | Generate():
                 self._to_driver(src, message)
             case Generated() | GenerateFailed():
-                self.gateway.on_message(message)
+                self.gateway.on_message(src, message)
             case ReplicaStats():
                 if message.is_broken:
                     self.broken.add((message.epoch, message.replica))
@@ -238,6 +240,7 @@ class FakeMesh:
         self.n_recovered = 0
         self.rng = random.Random(0)
         self.broken: list[str] = []
+        self.is_broken = asyncio.Event()
         self.lose: Any = lambda message: False
         self.n_plans = 0
         self.nodes = {name: FakeNode(name, self) for name in names}
@@ -247,6 +250,7 @@ class FakeMesh:
 
     def note_broken(self, epoch: Epoch | None, reason: str) -> None:
         self.broken.append(reason)
+        self.is_broken.set()
 
     def deliver(self, src: FakeNode, to: str, message: msgspec.Struct, payload: Any) -> bool:
         dst = self.nodes[to]

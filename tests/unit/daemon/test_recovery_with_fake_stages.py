@@ -193,7 +193,7 @@ async def test_a_replay_does_not_draw_again_what_the_client_has() -> None:
         assert mesh.nodes["a"].driver().steps_run <= 22
 
 
-async def answer_with_forgery(forge: Callable[[Flight], Generated]) -> list[int]:
+async def answer_with_forgery(forge: Callable[[Flight], Generated], src: str = "a") -> list[int]:
     """An answer of 20 tokens; after the fifth its gateway gets a message that no driver sent just then."""
     async with fake_mesh("ab") as mesh:
         await mesh.commit("ab")
@@ -204,7 +204,7 @@ async def answer_with_forgery(forge: Callable[[Flight], Generated]) -> list[int]
                 got.append(token)
                 if len(got) == 5:
                     (flight,) = gateway.flights()
-                    gateway.on_message(forge(flight))
+                    gateway.on_message(src, forge(flight))
     return got
 
 
@@ -214,6 +214,14 @@ async def test_tokens_that_come_twice_reach_the_client_once() -> None:
         return Generated(sequence=flight.key, attempt=flight.attempt, first=0, tokens=again)
 
     assert await answer_with_forgery(all_again) == answer_to(PROMPT, 20)
+
+
+async def test_tokens_of_a_node_that_does_not_drive_the_sequence_are_dropped() -> None:
+    def a_wrong_one(flight: Flight) -> Generated:
+        wrong = [SampledToken(token_id=1)]
+        return Generated(sequence=flight.key, attempt=flight.attempt, first=len(flight.emitted), tokens=wrong)
+
+    assert await answer_with_forgery(a_wrong_one, src="c") == answer_to(PROMPT, 20)
 
 
 async def test_tokens_of_an_older_attempt_are_dropped() -> None:

@@ -132,7 +132,7 @@ def test_a_record_comes_back_as_it_was() -> None:
     got = opened(data)
     assert got.record == facts
     assert (got.expires_at_unix_s, got.signed) == (NOW_S + LIFETIME_S, data)
-    assert record_head(data) == ("a", NOW_S + LIFETIME_S)
+    assert record_head(data) == ("a", NOW_S + LIFETIME_S, 1)
 
 
 def test_a_node_may_speak_for_itself_alone() -> None:
@@ -239,6 +239,19 @@ def test_a_record_of_a_large_mesh_fits() -> None:
 def test_figures_that_no_measurement_gives_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(Refused):
         opened(with_body(record("a", **wrong)))
+
+
+@pytest.mark.parametrize("text", ["two\nlines", "\x1b[2J", "x" * 257, "\x9b1m"])
+def test_texts_that_would_do_something_to_a_terminal_are_refused(text: str) -> None:
+    with pytest.raises(Refused, match="cannot be read"):
+        opened(with_body(record(name=text)))
+    with pytest.raises(Refused, match="a name that nobody can show"):
+        opened(with_body(record(devices=(with_name(text),))))
+
+
+def with_name(text: str) -> DeviceFacts:
+    facts = device()
+    return msgspec.structs.replace(facts, device=msgspec.structs.replace(facts.device, name=text))
 
 
 def test_the_directory_keeps_the_newest() -> None:
