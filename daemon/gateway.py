@@ -52,6 +52,8 @@ class Flight:
     started_s: float
     deadline_s: float
     attempt: int = 0
+    has_token: bool = False
+    """Whether the present attempt has brought a token."""
     is_cancelled: bool = False
     emitted: list[int] = field(default_factory=list)
     route: Route | None = None
@@ -147,6 +149,7 @@ class Gateway:
             await self._pause(flight)
         route = await self._await_route(flight)
         flight.attempt += 1
+        flight.has_token = False
         flight.route = route
         flight.inbox = asyncio.Queue()
         request = flight.request
@@ -225,6 +228,7 @@ class Gateway:
 
     def _take(self, flight: Flight, message: Generated) -> GenerationPart | None:
         """The tokens that the client does not have yet."""
+        flight.has_token = True
         new = message.tokens[max(0, len(flight.emitted) - message.first) :]
         flight.emitted.extend(token.token_id for token in new)
         if not new and message.finish_reason is None:

@@ -11,7 +11,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from daemon.web.access import Handler, Route
-from daemon.web.openai_models import AnyBody, LeaveBody, ReplanBody, TokenBody, parse_body
+from daemon.web.http_errors import invalid
+from daemon.web.openai_models import AnyBody, LeaveBody, NodeBody, ReplanBody, TokenBody, parse_body
 from daemon.web.service import MeshService
 from hexmesh import __version__
 
@@ -41,6 +42,8 @@ class AdminRoutes:
             Route("POST", "/admin/token", "admin", self.create_token),
             Route("POST", "/admin/replan", "admin", self.replan),
             Route("POST", "/admin/leave", "admin", self.leave),
+            Route("GET", "/admin/node", "api", self.show_node),
+            Route("POST", "/admin/node", "admin", self.order_node),
         ]
 
     async def ready(self, request: web.Request) -> web.Response:
@@ -62,6 +65,16 @@ class AdminRoutes:
         body = await _body_or_defaults(request, ReplanBody)
         await self._service.replan(body.reason)
         return _json({"accepted": True, "reason": body.reason}, status=202)
+
+    async def show_node(self, request: web.Request) -> web.Response:
+        node = request.query.get("node")
+        if not node:
+            raise invalid("?node= takes a node's name or id", param="node")
+        return _json(await self._service.order(node, "show", 0.0))
+
+    async def order_node(self, request: web.Request) -> web.Response:
+        body = parse_body(NodeBody, await request.read())
+        return _json(await self._service.order(body.node, body.action, body.deadline_s))
 
     async def leave(self, request: web.Request) -> web.Response:
         body = await _body_or_defaults(request, LeaveBody)
