@@ -55,6 +55,8 @@ class Flight:
     has_token: bool = False
     """Whether the present attempt has brought a token."""
     is_cancelled: bool = False
+    error: HexmeshError | None = None
+    """What ends it, whatever its driver may still send."""
     emitted: list[int] = field(default_factory=list)
     route: Route | None = None
     failed: set[tuple[Epoch, str]] = field(default_factory=set)
@@ -92,6 +94,12 @@ class Gateway:
             flight.is_cancelled = True
             flight.inbox.put_nowait(self._give_up(flight, "cancelled by request"))
         return bool(flights)
+
+    def end_all(self, error: HexmeshError) -> None:
+        """This node goes: what has not ended fails with `error`."""
+        for flight in self._flights.values():
+            flight.error = error
+            flight.inbox.put_nowait(self._give_up(flight, error.message))
 
     def routes_changed(self) -> None:
         """A plan was committed, or a node came or went: requests that wait look for a route again."""
@@ -203,6 +211,8 @@ class Gateway:
                     yield part
                 if message.finish_reason is not None:
                     return
+            elif flight.error is not None:
+                raise flight.error
             elif flight.is_cancelled:
                 raise Closed(message.reason, code="cancelled")
             elif not message.retry:

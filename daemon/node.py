@@ -57,7 +57,7 @@ from daemon.web.mesh_service import NodeService, blocker_error
 from daemon.web.service import ServedModel
 from daemon.web.telemetry import Telemetry
 from hexmesh import __version__
-from hexmesh.errors import Busy, Lost
+from hexmesh.errors import Busy, Lost, NotReady
 from hexmesh.ids import NodeId, new_boot
 from hexmesh.membership.coordination import Coordination
 from hexmesh.membership.records import DeviceFacts, NodeRecord
@@ -113,6 +113,13 @@ class Node:
             with self._signals_ask_to_leave():
                 await self._leave_asked.wait()
                 await drain(self._state, self._upkeep)
+            self._gateway.end_all(
+                NotReady(
+                    "this node left before the answer was complete",
+                    code="left",
+                    next_step="send the request again to another peer",
+                )
+            )
             self._epochs.close("this node is leaving")
             await self._network.flush(1.0)
         if self._forgets:
