@@ -198,11 +198,10 @@ class LeaveBody(_Body):
     forget: bool = False
 
 
-class NodeBody(_Body):
+class NodeOrderBody(_Body):
     """An operator's order to a node. What runs longer than `deadline_s` on a drained one is handed over."""
 
     node: Annotated[str, Field(min_length=1, max_length=256)]
-    action: Literal["cordon", "drain", "uncordon"]
     deadline_s: Annotated[float, Field(ge=0, le=3600)] = 60.0
 
 

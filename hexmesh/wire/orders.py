@@ -8,7 +8,8 @@ import msgspec
 
 from hexmesh.cluster import Availability
 
-OrderAction = Literal["show", "cordon", "drain", "uncordon"]
+OperatorAction = Literal["cordon", "drain", "uncordon"]
+OrderAction = OperatorAction | Literal["show"]
 _Text = Annotated[str, msgspec.Meta(max_length=2000)]
 
 
