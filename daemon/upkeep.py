@@ -18,6 +18,9 @@ from hexmesh.wire.orders import NodeStanding, OrderAction
 
 log = logging.getLogger("hexmesh.upkeep")
 
+_NOT_YET_S = 0.2
+"""How soon to look again where the deadline passed before the new plan was there."""
+
 
 class Upkeep:
     """Owner of the word. `leaving` and `left` are said while the process ends and never kept."""
@@ -107,6 +110,8 @@ class Upkeep:
         draining = self._state.epochs.draining_here()
         if draining is not None:
             self._state.coordination.drained(draining.epoch)
+        elif self.standing().stages:
+            self._hand_over_after(_NOT_YET_S)
 
     def _drain_left_s(self) -> float:
         now_s = self._state.loop_time()
