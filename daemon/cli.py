@@ -20,6 +20,7 @@ from daemon.verbs.config import config
 from daemon.verbs.demo import demo
 from daemon.verbs.doctor import doctor
 from daemon.verbs.join import join
+from daemon.verbs.node import node
 from daemon.verbs.reads import links, members, plan, requests, status, topology
 from daemon.verbs.version import version
 from daemon.verbs.wait import wait
@@ -55,7 +56,7 @@ def cli(context: click.Context, config_file: str | None) -> None:
 for command in (
     *(join, leave, wait, demo),
     *(status, members, links, topology, requests, plan, replan),
-    *(generate, chat, token, version, doctor, config),
+    *(generate, chat, token, node, version, doctor, config),
 ):
     cli.add_command(command)
 

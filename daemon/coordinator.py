@@ -47,6 +47,10 @@ MAX_TICK_S = 0.05
 """The machine may be ticked more often than it asks for; this bounds the effect of a clock that jumps."""
 
 
+OUTDATED_POLL_S = 1.0
+"""How often a coordinator compares its plan with what hosts say of themselves, beside at every new record."""
+
+
 class CoordinationLoop:
     """Owner of the machine; `run` is its clock."""
 
@@ -82,8 +86,12 @@ class CoordinationLoop:
 
     async def run(self) -> NoReturn:
         """Let time pass in the machine."""
+        looked_s = 0.0
         while True:
             self._feed(self.machine.tick(self._loop.time()))
+            if self._loop.time() - looked_s >= OUTDATED_POLL_S:
+                looked_s = self._loop.time()
+                self._replan_if_outdated()
             wakeup_s = self.machine.next_wakeup_s(self._loop.time()) - self._loop.time()
             await asyncio.sleep(min(MAX_TICK_S, max(0.005, wakeup_s)))
 
@@ -132,6 +140,7 @@ class CoordinationLoop:
 
     def facts_changed(self) -> None:
         """Facts arrived: plan again if an earlier plan had to do without them."""
+        self._replan_if_outdated()
         if self.machine.is_coordinator and self._planner.has_more_facts(self.machine.held):
             self.replan("facts that the last plan lacked have arrived")
 
@@ -238,6 +247,13 @@ class CoordinationLoop:
         self._on_change()
 
     # --- planning ---
+
+    def _replan_if_outdated(self) -> None:
+        """Hosts say of themselves whether plans may use them: that is a level, so it is looked at again and again."""
+        if self.machine.is_at_rest:
+            reason = self._planner.why_outdated(self._present_plan(), self.machine.held)
+            if reason is not None:
+                self.replan(reason)
 
     def _start_planning(self, wanted: PlanWanted) -> None:
         self._stop_planning()

@@ -15,6 +15,7 @@ from daemon.courier import Courier, Payload
 from daemon.discovery.roster import Roster
 from daemon.epochs import Epochs
 from daemon.gateway import Gateway
+from daemon.orders import NodeOrders
 from daemon.peering.links import LinkMonitor
 from daemon.stages import StageHost
 from hexmesh.ids import short
@@ -56,6 +57,7 @@ from hexmesh.wire.facts import (
     ProbeReport,
 )
 from hexmesh.wire.notice import NOTICE_MESSAGE, PlanBlocked
+from hexmesh.wire.orders import ORDER_MESSAGE, NodeOrder, NodeReply
 
 log = logging.getLogger("hexmesh.dispatch")
 
@@ -64,10 +66,10 @@ DEAF_S = 0.1
 
 DataMessage = DATA_MESSAGE
 FactsMessage = FACTS_MESSAGE
-PeerMessage = ControlMessage | DataMessage | FactsMessage | PlanBlocked
+PeerMessage = ControlMessage | DataMessage | FactsMessage | PlanBlocked | NodeOrder | NodeReply
 
 PEER_MESSAGES: Codec[PeerMessage] = Codec(
-    CONTROL_MESSAGE | DATA_MESSAGE | FACTS_MESSAGE | NOTICE_MESSAGE, name="peer"
+    CONTROL_MESSAGE | DATA_MESSAGE | FACTS_MESSAGE | NOTICE_MESSAGE | ORDER_MESSAGE, name="peer"
 )
 """Everything that members send each other once both have greeted."""
 
@@ -83,6 +85,7 @@ class Dispatcher:
     gateway: Gateway
     links: LinkMonitor
     roster: Roster
+    orders: NodeOrders
     stats: dict[str, ReplicaStats]
     complaints: Complaints = field(default_factory=Complaints)
     _deaf_until_s: dict[str, float] = field(default_factory=dict)
@@ -119,6 +122,10 @@ class Dispatcher:
             case PlanBlocked():
                 if src == self.coordination.machine.coordinator:
                     self.coordination.note_blocked(known)
+            case NodeOrder():
+                self.orders.on_order(src, known)
+            case NodeReply():
+                self.orders.on_reply(src, known)
             case _:
                 assert_never(known)
 

@@ -42,6 +42,13 @@ class HeldEpoch:
     """Where a KV pool can only be had once the stages of the epoch before are gone."""
     idle_replicas: set[str] = field(default_factory=set)
     """While draining: replicas in which nothing runs any more, as their drivers say."""
+    told: dict[str, int] = field(default_factory=dict)
+    """While draining: requests in replicas driven elsewhere, as their drivers said last."""
+
+    def requests_left(self) -> int:
+        """Requests that have not ended, as far as it is known here."""
+        here = sum(len(driver.sequences()) for driver in self.drivers.values())
+        return here + sum(n for replica, n in self.told.items() if replica not in self.drivers)
 
 
 class Epochs:
@@ -118,6 +125,7 @@ class Epochs:
             self.draining = None
         for driver in held.drivers.values():
             driver.close(reason)
+            self._tell_idle(driver, held)
         self._stages.drop(epoch)
 
     def check_drained(self) -> None:
@@ -127,7 +135,7 @@ class Epochs:
         for driver in self.draining.drivers.values():
             if driver.is_idle and driver.replica.id not in self.draining.idle_replicas:
                 self.draining.idle_replicas.add(driver.replica.id)
-                self._tell_idle(driver)
+                self._tell_idle(driver, self.draining)
         if self.draining.idle_replicas >= {replica.id for replica in self.draining.plan.replicas}:
             self._on_drained(self.draining.epoch)
 
@@ -135,8 +143,11 @@ class Epochs:
         """A driver says what runs in its replica."""
         if stats.is_broken:
             self._stages.replica_broke(stats.epoch, stats.replica)
-        is_idle = stats.requests_running + stats.requests_waiting == 0
-        if self.draining is not None and stats.epoch == self.draining.epoch and is_idle:
+        n_left = stats.requests_running + stats.requests_waiting
+        for held in (self.committed, self.draining):
+            if held is not None and stats.epoch == held.epoch:
+                held.told[stats.replica] = n_left
+        if self.draining is not None and stats.epoch == self.draining.epoch and n_left == 0:
             self.draining.idle_replicas.add(stats.replica)
             self.check_drained()
 
@@ -154,6 +165,11 @@ class Epochs:
         """The plan of an epoch that is held here."""
         held = self._held.get(epoch)
         return held.plan if held is not None else None
+
+    def draining_here(self) -> HeldEpoch | None:
+        """The draining epoch, if this node holds a stage of it."""
+        held = self.draining
+        return held if held is not None and held.plan.stages_of(self._courier.node_id) else None
 
     def driver(self, epoch: Epoch, replica_id: str) -> ReplicaDriver | None:
         """The driver of that replica in that epoch, if it is here."""
@@ -187,9 +203,8 @@ class Epochs:
             if replica_id in draining.drivers:
                 draining.drivers[replica_id].close("the plan changed")
 
-    def _tell_idle(self, driver: ReplicaDriver) -> None:
-        assert self.draining is not None
-        self._tell(self.draining, driver.stats(time.monotonic()))
+    def _tell_idle(self, driver: ReplicaDriver, held: HeldEpoch) -> None:
+        self._tell(held, driver.stats(time.monotonic()))
 
     def _tell_closed(self, held: HeldEpoch, stats: ReplicaStats) -> None:
         if held is self.committed:

@@ -52,7 +52,11 @@ class Flight:
     started_s: float
     deadline_s: float
     attempt: int = 0
+    has_token: bool = False
+    """Whether the present attempt has brought a token."""
     is_cancelled: bool = False
+    error: HexmeshError | None = None
+    """What ends it, whatever its driver may still send."""
     emitted: list[int] = field(default_factory=list)
     route: Route | None = None
     failed: set[tuple[Epoch, str]] = field(default_factory=set)
@@ -90,6 +94,12 @@ class Gateway:
             flight.is_cancelled = True
             flight.inbox.put_nowait(self._give_up(flight, "cancelled by request"))
         return bool(flights)
+
+    def end_all(self, error: HexmeshError) -> None:
+        """This node goes: what has not ended fails with `error`."""
+        for flight in self._flights.values():
+            flight.error = error
+            flight.inbox.put_nowait(self._give_up(flight, error.message))
 
     def routes_changed(self) -> None:
         """A plan was committed, or a node came or went: requests that wait look for a route again."""
@@ -147,6 +157,7 @@ class Gateway:
             await self._pause(flight)
         route = await self._await_route(flight)
         flight.attempt += 1
+        flight.has_token = False
         flight.route = route
         flight.inbox = asyncio.Queue()
         request = flight.request
@@ -200,6 +211,8 @@ class Gateway:
                     yield part
                 if message.finish_reason is not None:
                     return
+            elif flight.error is not None:
+                raise flight.error
             elif flight.is_cancelled:
                 raise Closed(message.reason, code="cancelled")
             elif not message.retry:
@@ -225,6 +238,7 @@ class Gateway:
 
     def _take(self, flight: Flight, message: Generated) -> GenerationPart | None:
         """The tokens that the client does not have yet."""
+        flight.has_token = True
         new = message.tokens[max(0, len(flight.emitted) - message.first) :]
         flight.emitted.extend(token.token_id for token in new)
         if not new and message.finish_reason is None:

@@ -35,6 +35,7 @@ from daemon.dispatch import PEER_MESSAGES, Dispatcher
 from daemon.epochs import Epochs
 from daemon.gateway import Gateway
 from daemon.leaving import drain
+from daemon.orders import NodeOrders
 from daemon.peering.address import parse_address
 from daemon.peering.greeting import LocalPeer
 from daemon.peering.links import LinkMonitor
@@ -48,6 +49,7 @@ from daemon.snapshot import MeshState
 from daemon.stages import ModelFiles, StageHost
 from daemon.trust.admission import Admission
 from daemon.trust.founding import Member, become_member
+from daemon.upkeep import Upkeep
 from daemon.views import UpLine
 from daemon.web.access import HttpOptions, read_api_keys
 from daemon.web.http import HttpSurface
@@ -55,7 +57,7 @@ from daemon.web.mesh_service import NodeService, blocker_error
 from daemon.web.service import ServedModel
 from daemon.web.telemetry import Telemetry
 from hexmesh import __version__
-from hexmesh.errors import Busy, Lost
+from hexmesh.errors import Busy, Lost, NotReady
 from hexmesh.ids import NodeId, new_boot
 from hexmesh.membership.coordination import Coordination
 from hexmesh.membership.records import DeviceFacts, NodeRecord
@@ -110,7 +112,14 @@ class Node:
             self._start_services(group)
             with self._signals_ask_to_leave():
                 await self._leave_asked.wait()
-                await drain(self._state, self._stages)
+                await drain(self._state, self._upkeep)
+            self._gateway.end_all(
+                NotReady(
+                    "this node left before the answer was complete",
+                    code="left",
+                    next_step="send the request again to another peer",
+                )
+            )
             self._epochs.close("this node is leaving")
             await self._network.flush(1.0)
         if self._forgets:
@@ -283,6 +292,16 @@ class Node:
             rng=self._rng,
             starting="this node starts its workers and measures its devices",
         )
+        self._upkeep = Upkeep(
+            kept=member.state.availability(),
+            keep=member.state.save_availability,
+            publish=self._publisher.publish_now,
+            state=self._state,
+            planner=self._planner,
+        )
+        self._orders = NodeOrders(
+            courier=self, group=group, directory=self._roster.directory, upkeep=self._upkeep
+        )
         self._dispatcher = Dispatcher(
             courier=self,
             coordination=self._coordination,
@@ -291,6 +310,7 @@ class Node:
             gateway=self._gateway,
             links=self._links,
             roster=self._roster,
+            orders=self._orders,
             stats=stats,
         )
         self._reporter = Reporter(
@@ -313,6 +333,7 @@ class Node:
             state=self._state,
             gateway=self._gateway,
             admission=self._admission,
+            orders=self._orders,
             registry=self._telemetry.registry,
             ask_to_leave=self._ask_to_leave,
         )
@@ -472,6 +493,7 @@ class Node:
             capabilities=("pipeline",),
             devices=self._facts,
             links=self._links.links(),
+            availability=self._upkeep.availability,
         )
 
     def _publish(self, signed: bytes) -> None:
@@ -500,15 +522,15 @@ class Node:
 
     @contextmanager
     def _signals_ask_to_leave(self) -> Iterator[None]:
-        """SIGTERM and SIGINT leave cleanly; a second SIGINT ends the process at once, workers and all."""
+        """SIGTERM and SIGINT leave cleanly; a second one ends the process at once, workers and all."""
 
-        def on_interrupt() -> None:
+        def on_signal(number: int) -> None:
             if self._leave_asked.is_set():
-                os._exit(130)
+                os._exit(128 + number)
             self._ask_to_leave(False)
 
-        self._loop.add_signal_handler(signal.SIGTERM, self._ask_to_leave, False)
-        self._loop.add_signal_handler(signal.SIGINT, on_interrupt)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, on_signal, number)
         try:
             yield
         finally:

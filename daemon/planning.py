@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from hexmesh.cluster import Cluster
+from hexmesh.cluster import Availability, Cluster
 from hexmesh.ids import short
 from hexmesh.membership.outputs import PlanEnvelope, PlanWanted
 from hexmesh.membership.records import Directory
 from hexmesh.model_spec import ModelSpec
 from hexmesh.plan import DtypeName, Plan, Replica, digest_of, encode_plan
+from hexmesh.schedule.availability import barred_hosts, kept_hosts, why_outdated, with_barred
 from hexmesh.schedule.check import check_plan
 from hexmesh.schedule.layout import lay_out
 from hexmesh.schedule.misfit import NoFit
@@ -26,6 +27,8 @@ log = logging.getLogger("hexmesh.planning")
 
 FACTS_PATIENCE_S = 3.0
 """How long a plan waits for a host's devices and links before it does without them."""
+MISFIT_RETRY_S = 30.0
+"""A drain that found no room is tried again so often: a host in quarantine may have come back."""
 LOAD_BYTES_PER_S = 200e6
 """A cautious estimate of how fast weights are read, for the time hosts are given to get ready."""
 
@@ -35,6 +38,18 @@ class NoPlan:
     """Nothing fits; `notice` says why, for everyone."""
 
     notice: PlanBlocked
+
+
+@dataclass(frozen=True, slots=True)
+class _Misfit:
+    """The last search found nothing, with hosts that said this of themselves."""
+
+    word: dict[str, Availability]
+    found_s: float
+
+    @property
+    def is_old(self) -> bool:
+        return time.monotonic() - self.found_s > MISFIT_RETRY_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +72,7 @@ class MeshPlanner:
         self._directory = directory
         self._facts_changed = asyncio.Event()
         self._used_facts: set[tuple[str, str]] | None = None
+        self._misfit: _Misfit | None = None
 
     def facts_changed(self) -> None:
         """The directory has news."""
@@ -67,25 +83,71 @@ class MeshPlanner:
         """Whether a host or a link among `hosts` can be planned with now that the last plan had to ignore."""
         return self._used_facts is not None and bool(self._facts_of(hosts) - self._used_facts)
 
+    def why_outdated(self, present: Plan | None, hosts: Mapping[str, int]) -> str | None:
+        """Why what its hosts say of themselves now makes the present plan wrong, or one possible again."""
+        word = self._directory.availability(hosts)
+        if self._misfit is not None:
+            if self._misfit.word == word and not self._misfit.is_old:
+                return None
+            freed = {node for node in barred_hosts(self._misfit.word) if word.get(node) == "active"}
+            if freed:
+                return "; ".join(f"node {node} uncordoned by the operator" for node in sorted(freed))
+        if present is None:
+            return None
+        return why_outdated(
+            present, {node: said for node, said in word.items() if present.hosts.get(node) == hosts[node]}
+        )
+
+    async def find_misfit(self, hosts: Mapping[str, int], without: str) -> NoFit | None:
+        """Why the model would not fit `hosts` if `without` were drained; None if it would."""
+        word = self._directory.availability(hosts)
+        usable = hosts.keys() - barred_hosts(word) - {without}
+        cluster = self._directory.cluster(usable)
+        answer = await asyncio.to_thread(self._search, cluster, hosts, "", None)
+        return answer if isinstance(answer, NoFit) else None
+
     async def plan(self, wanted: PlanWanted, current: Plan | None) -> PlanEnvelope | NoPlan:
         """The plan for exactly the hosts that are wanted, or why there is none."""
         usable = wanted.hosts.keys() - wanted.excluded.keys()
-        await self._wait_for_facts(usable)
+        word = self._directory.availability(usable)
+        barred = barred_hosts(word)
+        await self._wait_for_facts(usable - barred)
         cluster = self._directory.cluster(usable)
         self._used_facts = self._facts_of(usable)
         started_s = time.monotonic()
         reason = self._with_names(wanted.reason)
-        answer = await asyncio.to_thread(self._search, cluster, wanted.hosts, reason, current)
+        answer = await asyncio.to_thread(
+            self._search, _without(cluster, barred), wanted.hosts, reason, current
+        )
+        kept = kept_hosts(word, current) & barred
+        if isinstance(answer, NoFit) and kept:
+            barred -= kept
+            answer = await asyncio.to_thread(
+                self._search, _without(cluster, barred), wanted.hosts, reason, current
+            )
         search_s = time.monotonic() - started_s
         if isinstance(answer, NoFit):
             log.info("no plan fits search_s=%.3f %s", search_s, answer.message)
-            return NoPlan(_notice(answer))
+            self._misfit = _Misfit(word, time.monotonic())
+            return NoPlan(_notice(answer, [self._name_of(node) for node in sorted(barred)]))
+        self._misfit = None
         log.info("planned search_s=%.3f reason=%s: %s", search_s, reason, _summary(answer, cluster))
         faults = check_plan(answer, cluster, self._model.spec)
         assert not faults, faults
-        data = encode_plan(answer)
-        load_s = _most_loaded_bytes(answer) / LOAD_BYTES_PER_S
-        return PlanEnvelope(plan=data, digest=digest_of(data), hosts=wanted.hosts, load_estimate_s=load_s)
+        plan = with_barred(answer, word, barred, cluster)
+        data = encode_plan(plan)
+        load_s = _most_loaded_bytes(plan) / LOAD_BYTES_PER_S
+        return PlanEnvelope(
+            plan=data,
+            digest=digest_of(data),
+            hosts=wanted.hosts,
+            idle=plan.idle_hosts(),
+            load_estimate_s=load_s,
+        )
+
+    def _name_of(self, node: str) -> str:
+        record = self._directory.record(node)
+        return record.name if record is not None else short(node)
 
     def _with_names(self, reason: str) -> str:
         """Node ids in a reason as people know them."""
@@ -136,11 +198,20 @@ def _show_fact(src: str, dst: str) -> str:
     return f"devices of {short(src)}" if src == dst else f"link {short(src)} to {short(dst)}"
 
 
-def _notice(answer: NoFit) -> PlanBlocked:
+def _without(cluster: Cluster, barred: frozenset[str]) -> Cluster:
+    """The cluster but for those nodes and their links."""
+    return Cluster(
+        nodes=tuple(node for node in cluster.nodes if node.id not in barred),
+        links=tuple(link for link in cluster.links if not barred & {link.src, link.dst}),
+    )
+
+
+def _notice(answer: NoFit, barred: list[str]) -> PlanBlocked:
+    freeing = f", or let plans use {', '.join(barred)} again: hexmesh node uncordon" if barred else ""
     return PlanBlocked(
         code="model_does_not_fit",
         message=answer.message,
-        next_step=answer.next_step,
+        next_step=answer.next_step + freeing,
         needed_bytes=answer.needed_bytes,
         room_bytes=answer.room_bytes,
     )

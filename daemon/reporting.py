@@ -72,7 +72,7 @@ class Reporter:
         held = self._state.epochs.committed
         if plan is None or held is None:
             return
-        for driver in held.drivers.values():
+        for driver in list(self._state.epochs.drivers()):
             stats = driver.stats(time.monotonic())
             self._dispatcher.on_stats(stats)
             for node in plan.hosts.keys() - {self._courier.node_id}:

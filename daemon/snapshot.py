@@ -13,6 +13,7 @@ from daemon.epochs import Epochs, HeldEpoch
 from daemon.gateway import Flight, Gateway, Route
 from daemon.peering.links import LinkMonitor
 from daemon.views import (
+    AvailabilityView,
     Blocker,
     BottleneckView,
     DeviceView,
@@ -26,6 +27,7 @@ from daemon.views import (
     PlanView,
     Readiness,
     ReplicaView,
+    RequestState,
     RequestView,
     StageView,
     StatusView,
@@ -36,6 +38,7 @@ from hexmesh.ids import short
 from hexmesh.membership.members import MemberView as CoordinationMember
 from hexmesh.membership.records import Directory, NodeRecord
 from hexmesh.plan import Plan, Replica, Stage
+from hexmesh.schedule.availability import WHY_BARRED
 from hexmesh.serving.router import broken_stages, choose_replica, whole_replicas
 from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import ReplicaStats
@@ -79,7 +82,7 @@ class MeshState:
     def route(self, avoid: Set[tuple[Epoch, str]] = frozenset()) -> Route | None:
         """Where a new request goes now, rather not to a replica to `avoid`; None when no replica is whole."""
         held = self.epochs.committed
-        if held is None or self.is_leaving:
+        if held is None:
             return None
         replica = choose_replica(
             held.plan,
@@ -193,6 +196,7 @@ class MeshState:
                     site=record.site,
                     state=self._member_state(record, member, now_s),
                     roles=self._roles(record.node),
+                    availability=self.availability_of(record),
                     version=record.hexmesh_version,
                     age_s=max(0.0, now_s - heard_s) if heard_s is not None else 0.0,
                     rtt_s=None if record.node == self.node_id else self.links.rtt_s(record.node),
@@ -264,7 +268,9 @@ class MeshState:
 
     def requests(self) -> list[RequestView]:
         now_s = time.monotonic()
-        return [_request_view(flight, now_s) for flight in self.gateway.flights()]
+        held = self.epochs.committed
+        epoch = held.epoch if held is not None else None
+        return [_request_view(flight, now_s, epoch) for flight in self.gateway.flights()]
 
     # --- parts ---
 
@@ -298,15 +304,22 @@ class MeshState:
     def _member_state(
         self, record: NodeRecord, member: CoordinationMember | None, now_s: float
     ) -> MemberState:
+        if record.availability == "left":
+            return "left"
         if record.node == self.node_id:
-            return "left" if self.is_leaving else "alive" if self.starting is None else "joining"
+            return "alive" if self.starting is None else "joining"
         if member is None or member.last_heard_s is None:
             return "joining" if record.sequence and not record.devices else "failed"
-        if member.state == "leaving" or "left" in record.roles:
-            return "left"
         if member.two_way:
             return "alive"
         return "suspect" if now_s - member.last_heard_s < SUSPECT_S else "failed"
+
+    def availability_of(self, record: NodeRecord) -> AvailabilityView:
+        """The node's own word; a drain is under way while it holds stages."""
+        if record.availability != "drained":
+            return record.availability
+        plans = [held.plan for held in (self.epochs.committed, self.epochs.draining) if held is not None]
+        return "draining" if any(plan.stages_of(record.node) for plan in plans) else "drained"
 
     def _roles(self, node: str) -> list[str]:
         plan = self.plan_now()
@@ -334,6 +347,7 @@ class MeshState:
             name=record.name,
             site=record.site,
             state=state,
+            availability=self.availability_of(record),
             capabilities=list(record.capabilities),
             devices=[
                 DeviceView(
@@ -389,11 +403,18 @@ class MeshState:
         plan = self.plan_now()
         if plan is None:
             return []
-        named = [UnusedView(node=one.node, device=one.device, reason=one.reason) for one in plan.unused]
+        word = self.directory.availability(record.node for record in self.directory.records())
+        said = {node: WHY_BARRED[one] for node, one in word.items() if one in WHY_BARRED}
+        named = [
+            UnusedView(node=one.node, device=one.device, reason=said.get(one.node, one.reason))
+            for one in plan.unused
+        ]
         members = self.coordination.machine.members(self.loop_time())
         outside = [
             UnusedView(
-                node=record.node, device=facts.device.index, reason=_why_outside(members.get(record.node))
+                node=record.node,
+                device=facts.device.index,
+                reason=said.get(record.node) or _why_outside(members.get(record.node)),
             )
             for record in self.directory.records()
             if record.node not in plan.hosts
@@ -460,10 +481,18 @@ def _bottleneck_view(replica: Replica, index: int, utilisation: float | None) ->
     return BottleneckView(kind="stage", id=f"{replica.id}/{index}@{stage.node}", utilisation=utilisation)
 
 
-def _request_view(flight: Flight, now_s: float) -> RequestView:
+def _request_state(flight: Flight, present: Epoch | None) -> RequestState:
+    if flight.route is not None and flight.route.epoch != present:
+        return "draining"
+    if flight.attempt > 1 and not flight.has_token:
+        return "replaying"
+    return "running" if flight.emitted else "waiting"
+
+
+def _request_view(flight: Flight, now_s: float, present: Epoch | None) -> RequestView:
     return RequestView(
         id=flight.request.request_id,
-        state="running" if flight.emitted else "waiting",
+        state=_request_state(flight, present),
         replica=flight.route.replica if flight.route is not None else None,
         stage=None,
         role="mixed",

@@ -7,6 +7,9 @@ from typing import Literal
 import msgspec
 
 MemberState = Literal["joining", "alive", "suspect", "failed", "left"]
+AvailabilityView = Literal["active", "cordoned", "draining", "drained", "leaving", "left"]
+RequestState = Literal["waiting", "running", "draining", "replaying"]
+"""draining: it ends in the plan before the present one; replaying: its tokens are computed again elsewhere."""
 
 
 class Blocker(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
@@ -43,6 +46,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     state: MemberState
     capabilities: list[str]
     devices: list[DeviceView]
+    availability: AvailabilityView = "active"
 
 
 class StageView(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,6 +129,7 @@ class MemberView(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     age_s: float
     rtt_s: float | None
+    availability: AvailabilityView = "active"
 
 
 class KvBlocksView(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +160,7 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     state: str
+    """A `RequestState` of this version."""
     replica: str | None
     stage: int | None
     role: str

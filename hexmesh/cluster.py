@@ -8,6 +8,10 @@ import msgspec
 
 DeviceKind = Literal["cpu", "cuda"]
 
+Availability = Literal["active", "cordoned", "drained", "leaving", "left"]
+"""What a node says of itself. cordoned: place nothing new here; drained: and move away what is here; leaving: as
+drained, and then it goes. The operator's word, kept by the node itself, is one of the first three."""
+
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
     """One GPU, or one share of a host's CPUs, with the memory that hexmesh may use on it."""

@@ -3,6 +3,7 @@
     HexmeshError
     +-- InvalidInput   you passed nonsense            exit 2   HTTP 400
     +-- Refused        they said no (trust, version)  exit 4   HTTP 403
+    |   +-- NoRoom     no memory for what was asked   exit 4   HTTP 409
     +-- NotReady       not now, maybe later           exit 3   HTTP 503
     |   +-- Busy       full at this moment            exit 3   HTTP 429
     +-- Lost           the world did it               exit 1   HTTP 502
@@ -47,6 +48,19 @@ class Refused(HexmeshError):
 
     exit_code = 4
     http_status = 403
+
+
+class NoRoom(Refused):
+    """What was asked would leave the mesh with too little memory; carries the bytes."""
+
+    http_status = 409
+
+    def __init__(
+        self, message: str, *, needed_bytes: int, room_bytes: int, code: str = "", next_step: str = ""
+    ) -> None:
+        super().__init__(message, code=code, next_step=next_step)
+        self.needed_bytes = needed_bytes
+        self.room_bytes = room_bytes
 
 
 class NotReady(HexmeshError):

@@ -86,6 +86,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     replicas: tuple[Replica, ...]
     flows: tuple[Flow, ...] = ()
     unused: tuple[Unused, ...] = ()
+    barred: tuple[str, ...] = ()
+    """Hosts that were not to be used, by their own word (`hexmesh.cluster.Availability`)."""
     reason: str = ""
     """Why this plan was made: the trigger, in words."""
     explanation: tuple[str, ...] = ()
@@ -98,6 +100,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             for stage in replica.stages
         )
         return self.model_id, self.dtype, replica.block_tokens, stages
+
+    def idle_hosts(self) -> frozenset[str]:
+        """Hosts that hold no stage."""
+        return frozenset(self.hosts) - {stage.node for replica in self.replicas for stage in replica.stages}
 
     def stages_of(self, node: str) -> tuple[tuple[Replica, int], ...]:
         """Every (replica, stage index) that the node holds."""

@@ -89,6 +89,7 @@ class FactsPublisher:
         self._publish = publish
         self._now_unix_s = now_unix_s
         self._changed = asyncio.Event()
+        self._one_at_a_time = asyncio.Lock()
         self.latest: bytes | None = None
         """The last record that was published: what a peer that has just connected is sent."""
 
@@ -98,6 +99,10 @@ class FactsPublisher:
 
     async def publish_now(self) -> bytes:
         """Make, sign and publish a record at once."""
+        async with self._one_at_a_time:
+            return await self._publish_next()
+
+    async def _publish_next(self) -> bytes:
         now_unix_s = self._now_unix_s()
         stamp = await asyncio.to_thread(self._clock.next, now_unix_s)
         record = self._describe(stamp, now_unix_s)

@@ -180,6 +180,7 @@ _ERROR_OF_STATUS: dict[int, type[HexmeshError]] = {
     401: Refused,
     403: Refused,
     408: TimedOut,
+    409: Refused,
     413: InvalidInput,
     422: InvalidInput,
     429: Busy,

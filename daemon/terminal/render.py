@@ -157,7 +157,10 @@ class TopologyLines:
 
     def node(self, node: NodeView) -> Iterator[Text]:
         coordinates = "  coordinator" if node.id == self.view.coordinator else ""
-        yield Text.assemble(f"  {node.name}  ", (node.state, _NODE_COLOUR[node.state]), coordinates)
+        said = f", {node.availability}" if node.availability not in ("active", "left") else ""
+        yield Text.assemble(
+            f"  {node.name}  ", (node.state, _NODE_COLOUR[node.state]), (said, "yellow"), coordinates
+        )
         for device in node.devices:
             yield Text(self.device(device))
 

@@ -58,13 +58,21 @@ def members_table(members: Iterable[MemberView]) -> RenderableType:
             short(member.id),
             member.address,
             member.site,
-            Text(member.state, _STATE_COLOUR[member.state]),
+            _state(member),
             ",".join(member.roles) or "-",
             show_duration(member.age_s),
             _seconds(member.rtt_s),
             member.version,
         )
     return table
+
+
+def _state(member: MemberView) -> Text:
+    """The state, and where that is not all: what its operator said of it."""
+    shown = Text(member.state, _STATE_COLOUR[member.state])
+    if member.availability not in ("active", "left"):
+        shown.append(f", {member.availability}", "yellow")
+    return shown
 
 
 def links_table(links: Iterable[LinkView], names: Mapping[str, str]) -> RenderableType:

@@ -18,6 +18,7 @@ import msgspec
 
 from daemon.peering.tls import TlsFiles
 from daemon.runfile import ADMIN_KEY_FILE
+from hexmesh.cluster import Availability
 from hexmesh.errors import HexmeshError, InvalidInput
 from hexmesh.identity.authority import MeshAuthority
 from hexmesh.identity.certificates import to_pem
@@ -33,9 +34,10 @@ _CERTIFICATE = "certificate.pem"
 _MEMBERSHIP = "membership.json"
 _TOKENS = "tokens.json"
 _TERM = "term.json"
+_AVAILABILITY = "availability.json"
 _DHT_IDENTITY = "dht.key"
 _LOCK = "lock"
-_OF_MEMBERSHIP = (_MEMBERSHIP, _AUTHORITY_KEY, _TOKENS, _CERTIFICATE, _TERM)
+_OF_MEMBERSHIP = (_MEMBERSHIP, _AUTHORITY_KEY, _TOKENS, _CERTIFICATE, _TERM, _AVAILABILITY)
 
 T = TypeVar("T")
 
@@ -56,6 +58,10 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
     members: list[MemberAddress] = []
     """Cached peers: who was there when this was written last."""
     dht_initial_peers: list[str] = []
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    availability: Availability
 
 
 class StateFolder:
@@ -161,6 +167,15 @@ class StateFolder:
 
     def save_highest_term(self, term: int) -> None:
         self._write_json(_TERM, term)
+
+    def availability(self) -> Availability:
+        """Whether plans may use this node, by its operator's last word. Raises InvalidInput for a damaged file."""
+        kept = self._read_json(_AVAILABILITY, _Kept)
+        return kept.availability if kept is not None else "active"
+
+    def save_availability(self, availability: Availability) -> None:
+        """On the disk when this returns: the word outlives the process."""
+        self._write_json(_AVAILABILITY, _Kept(availability))
 
     def tls_files(self, membership: Membership) -> TlsFiles:
         """The key and certificate as TLS contexts load them."""

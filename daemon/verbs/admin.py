@@ -79,7 +79,7 @@ def replan(reason: str, url: str | None, state_dir: str | None, api_key_file: st
     "How long to wait for the daemon to end.",
     verb="leave",
     type=Duration(),
-    default="60s",
+    default="150s",
     show_default=True,
 )
 @daemon_flags

@@ -71,7 +71,7 @@ def join(context: click.Context, /, **texts: str | bool | None) -> None:
     """Run this host's daemon: found a mesh, join one (--peer, --token), or come back to the one it was in.
 
     Once up, one line of JSON on stdout says how to reach it and how others join. SIGTERM or Ctrl-C drains
-    and leaves cleanly; a second Ctrl-C ends at once.
+    and leaves cleanly; a second one ends at once.
     """
     options = join_options_from_text(
         without_overruled(context, texts) | {"state_dir": chosen_state_dir(texts)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from aiohttp import hdrs, web
@@ -11,9 +11,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from daemon.web.access import Handler, Route
-from daemon.web.openai_models import AnyBody, LeaveBody, ReplanBody, TokenBody, parse_body
+from daemon.web.http_errors import invalid
+from daemon.web.openai_models import AnyBody, LeaveBody, NodeOrderBody, ReplanBody, TokenBody, parse_body
 from daemon.web.service import MeshService
 from hexmesh import __version__
+from hexmesh.wire.orders import OperatorAction
 
 
 class AdminRoutes:
@@ -41,6 +43,11 @@ class AdminRoutes:
             Route("POST", "/admin/token", "admin", self.create_token),
             Route("POST", "/admin/replan", "admin", self.replan),
             Route("POST", "/admin/leave", "admin", self.leave),
+            Route("GET", "/admin/node", "api", self.show_node),
+            *(
+                Route("POST", f"/admin/node/{action}", "admin", self._orderer(action))
+                for action in get_args(OperatorAction)
+            ),
         ]
 
     async def ready(self, request: web.Request) -> web.Response:
@@ -62,6 +69,19 @@ class AdminRoutes:
         body = await _body_or_defaults(request, ReplanBody)
         await self._service.replan(body.reason)
         return _json({"accepted": True, "reason": body.reason}, status=202)
+
+    async def show_node(self, request: web.Request) -> web.Response:
+        node = request.query.get("node")
+        if not node:
+            raise invalid("?node= takes a node's name or id", param="node")
+        return _json(await self._service.order(node, "show", 0.0))
+
+    def _orderer(self, action: OperatorAction) -> Handler:
+        async def handler(request: web.Request) -> web.Response:
+            body = parse_body(NodeOrderBody, await request.read())
+            return _json(await self._service.order(body.node, action, body.deadline_s))
+
+        return handler
 
     async def leave(self, request: web.Request) -> web.Response:
         body = await _body_or_defaults(request, LeaveBody)

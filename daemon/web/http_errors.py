@@ -7,7 +7,17 @@ from typing import Any
 
 from aiohttp import web
 
-from hexmesh.errors import Busy, Closed, HexmeshError, Internal, InvalidInput, Lost, NotReady, TimedOut
+from hexmesh.errors import (
+    Busy,
+    Closed,
+    HexmeshError,
+    Internal,
+    InvalidInput,
+    Lost,
+    NoRoom,
+    NotReady,
+    TimedOut,
+)
 
 _TYPES = {
     400: "invalid_request_error",
@@ -15,6 +25,7 @@ _TYPES = {
     403: "permission_error",
     404: "not_found_error",
     408: "timeout",
+    409: "conflict_error",
     429: "rate_limit_error",
     499: "request_cancelled",
     500: "server_error",
@@ -74,7 +85,7 @@ def error_object(error: HexmeshError) -> dict[str, Any]:
     }
     if error.next_step:
         inner["next_step"] = error.next_step
-    if isinstance(error, NotReady) and error.needed_bytes is not None:
+    if isinstance(error, NotReady | NoRoom) and error.needed_bytes is not None:
         inner |= {"needed_bytes": error.needed_bytes, "room_bytes": error.room_bytes}
     return {"error": inner}
 

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from prometheus_client import CollectorRegistry
 
 from daemon.gateway import Gateway
+from daemon.orders import NodeOrders
 from daemon.snapshot import MeshState
 from daemon.trust.admission import Admission
 from daemon.views import (
@@ -23,6 +24,7 @@ from daemon.views import (
 )
 from daemon.web.service import GenerationPart, GenerationRequest, ServedModel
 from hexmesh.errors import NotReady
+from hexmesh.wire.orders import NodeStanding, OrderAction
 
 
 class NodeService:
@@ -35,6 +37,7 @@ class NodeService:
         state: MeshState,
         gateway: Gateway,
         admission: Admission,
+        orders: NodeOrders,
         registry: CollectorRegistry,
         ask_to_leave: Callable[[bool], None],
     ) -> None:
@@ -42,6 +45,7 @@ class NodeService:
         self._state = state
         self._gateway = gateway
         self._admission = admission
+        self._orders = orders
         self._registry = registry
         self._ask_to_leave = ask_to_leave
 
@@ -62,6 +66,8 @@ class NodeService:
         return self._state.readiness()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart, None]:
+        if self._state.is_leaving:
+            raise blocker_error(self._state.readiness())
         async with aclosing(self._gateway.generate(request)) as parts:
             async for part in parts:
                 yield part
@@ -92,6 +98,9 @@ class NodeService:
 
     async def replan(self, reason: str) -> None:
         self._state.coordination.replan(reason)
+
+    async def order(self, node: str, action: OrderAction, deadline_s: float) -> NodeStanding:
+        return await self._orders.give(node, action, deadline_s)
 
     async def leave(self, *, forget: bool) -> None:
         self._ask_to_leave(forget)

@@ -198,6 +198,13 @@ class LeaveBody(_Body):
     forget: bool = False
 
 
+class NodeOrderBody(_Body):
+    """An operator's order to a node. What runs longer than `deadline_s` on a drained one is handed over."""
+
+    node: Annotated[str, Field(min_length=1, max_length=256)]
+    deadline_s: Annotated[float, Field(ge=0, le=3600)] = 60.0
+
+
 AnyBody = TypeVar("AnyBody", bound=_Body)
 
 

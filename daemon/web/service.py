@@ -19,6 +19,7 @@ from daemon.views import (
     TopologyView,
 )
 from hexmesh.wire.data import FinishReason, SampledToken, SamplingParams
+from hexmesh.wire.orders import NodeStanding, OrderAction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +101,13 @@ class MeshService(Protocol):
     async def create_token(self, *, ttl_s: float, uses: int) -> Issued: ...
 
     async def replan(self, reason: str) -> None: ...
+
+    async def order(self, node: str, action: OrderAction, deadline_s: float) -> NodeStanding:
+        """Have the node of that name or id carry out an operator's order, or show where it stands.
+
+        Raises InvalidInput, Refused, Lost or TimedOut.
+        """
+        ...
 
     async def leave(self, *, forget: bool) -> None:
         """Begin a clean leave; the process ends soon after."""

@@ -319,6 +319,12 @@ class Coordination:
         return None if draining is None else draining.epoch
 
     @property
+    def draining_until_s(self) -> float | None:
+        """When what still runs in the draining epoch is released by force."""
+        draining = self._host.slots.draining
+        return None if draining is None else draining.until_s
+
+    @property
     def held(self) -> dict[str, int]:
         """Hosts under this coordinator with their boots, its own included; empty on other hosts."""
         if self._coordinator is None:
@@ -336,6 +342,11 @@ class Coordination:
     def plan_reason(self) -> str | None:
         """Why the coordinator made its newest plan; None on other hosts."""
         return None if self._coordinator is None else self._coordinator.planner.reason
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether this host coordinates and no other plan than the decided one is on its way."""
+        return self._coordinator is not None and self._coordinator.planner.is_at_rest
 
     @property
     def is_leaving(self) -> bool:
@@ -540,6 +551,9 @@ class Coordination:
             return "no other host is held"
         if self._host.is_superseded:
             return "a later plan does without this host"
+        committed = self._host.slots.committed
+        if self._coordinator is None and committed is not None and self.node in committed.named.idle:
+            return "the plan has no part for this host"
         return None
 
 

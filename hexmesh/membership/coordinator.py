@@ -254,6 +254,7 @@ class Coordinator:
             digest=named.digest,
             hosts=named.hosts,
             plan=named.plan,
+            idle=tuple(sorted(named.idle)),
         )
         self._outbox.append(Send(held.node, prepare))
 

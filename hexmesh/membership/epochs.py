@@ -5,6 +5,7 @@ Fencing by ballot is the host role's part; here is what depends on the epochs al
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hexmesh.membership.notary import Notary
@@ -26,6 +27,13 @@ class NamedPlan:
     digest: str
     hosts: dict[str, int]
     plan: bytes
+    idle: frozenset[str] = frozenset()
+
+    def suits(self, hosts: Mapping[str, int]) -> bool:
+        """Whether the plan is right for `hosts`: all are in it, and none that has a part is missing."""
+        if any(self.hosts.get(node) != boot for node, boot in hosts.items()):
+            return False
+        return self.hosts.keys() - hosts.keys() <= self.idle
 
 
 @dataclass(slots=True)

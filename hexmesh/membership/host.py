@@ -119,7 +119,13 @@ class Host:
             return
         self.lease.note_seq(prepare.ballot.owner, prepare.seq)
         self.lease.promised = prepare.ballot
-        named = NamedPlan(epoch=prepare.epoch, digest=prepare.digest, hosts=prepare.hosts, plan=prepare.plan)
+        named = NamedPlan(
+            epoch=prepare.epoch,
+            digest=prepare.digest,
+            hosts=prepare.hosts,
+            plan=prepare.plan,
+            idle=frozenset(prepare.idle),
+        )
         self.slots.prepare(named)
 
     def ack(self, now_s: float) -> None:

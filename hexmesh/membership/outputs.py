@@ -142,6 +142,8 @@ class PlanEnvelope:
     plan: bytes
     digest: str
     hosts: dict[str, int]
+    idle: frozenset[str] = frozenset()
+    """Hosts without a part in it: the plan stays good when they go."""
     load_estimate_s: float = 0.0
 
 

@@ -142,6 +142,11 @@ class Planner:
         """Whether these were the last hosts for which the driver found no plan, even if there is one for others."""
         return self._last_impossible == hosts
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Nothing is asked for, planned or prepared."""
+        return self._forced is None and self._request is None and self.prep is None
+
     def is_overdue(self, now_s: float) -> bool:
         """C9: the driver's planner made no progress for its deadline."""
         since_s = self._unanswered_since_s
@@ -189,10 +194,11 @@ class Planner:
         if prep is None:
             return False
         named = prep.named
-        if any(now.hosts.get(node) != boot for node, boot in named.hosts.items()):
+        here = {node for node, boot in named.hosts.items() if now.hosts.get(node) == boot}
+        if not named.hosts.keys() - here <= named.idle:
             self.prep = None
             return False
-        unready = [node for node in named.hosts if not is_prepared(now.reports[node], named.epoch)]
+        unready = [node for node in sorted(here) if not is_prepared(now.reports[node], named.epoch)]
         if not unready:
             self.cur = Decided(named, self._notary.certify(named.epoch, named.digest))
             self.prep = None
@@ -239,10 +245,10 @@ class Planner:
             return now.hosts != self._request.hosts
         if self.prep is not None:
             is_young = now_s - self.prep.since_s < self._timers.prep_restart_s
-            return is_young and now.hosts != self.prep.named.hosts
+            return is_young and not self.prep.named.suits(now.hosts)
         if self._impossible == now.hosts:
             return False
-        return self.cur is None or now.hosts != self.cur.named.hosts or self._who_is_ahead(now) is not None
+        return self.cur is None or not self.cur.named.suits(now.hosts) or self._who_is_ahead(now) is not None
 
     def _who_is_ahead(self, now: Situation) -> str | None:
         """A host that can never commit `cur`, because it obeyed another coordinator's later plan."""
@@ -278,7 +284,7 @@ class Planner:
             return False
         cert = max(certs, key=lambda cert: cert.epoch)
         named = self._slots.find(cert.epoch)
-        if named is None or named.hosts != now.hosts or named.digest != cert.digest:
+        if named is None or not named.suits(now.hosts) or named.digest != cert.digest:
             return False
         if not all(is_prepared(now.reports[node], cert.epoch) for node in now.hosts):
             return False
@@ -346,7 +352,7 @@ class Planner:
             raise ValueError(f"plan for {sorted(plan.hosts)}, wanted for {sorted(request.hosts)}")
         self._impossible = None
         epoch = Epoch(ballot=ballot, n=self._counters.next_plan())
-        named = NamedPlan(epoch=epoch, digest=plan.digest, hosts=plan.hosts, plan=plan.plan)
+        named = NamedPlan(epoch=epoch, digest=plan.digest, hosts=plan.hosts, plan=plan.plan, idle=plan.idle)
         limit_s = self._timers.prep_limit_s(plan.load_estimate_s)
         self.prep = Preparing(named, request.reason, now_s, now_s + limit_s)
         self.reason = request.reason

@@ -16,7 +16,7 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-from hexmesh.cluster import Cluster, Device, Link, Node
+from hexmesh.cluster import Availability, Cluster, Device, Link, Node
 from hexmesh.errors import Refused
 from hexmesh.ids import short
 from hexmesh.wire.peering import MAX_TEXT
@@ -80,6 +80,7 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     devices: Annotated[tuple[DeviceFacts, ...], msgspec.Meta(max_length=64)] = ()
     """Empty until they are measured: a node without devices takes no part in plans."""
     links: Annotated[tuple[LinkFacts, ...], msgspec.Meta(max_length=1024)] = ()
+    availability: Availability = "active"
 
 
 class SignedRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -226,6 +227,10 @@ class Directory:
     def unready(self, nodes: Iterable[str]) -> tuple[str, ...]:
         """Those of `nodes` that cannot be planned with: no record yet, or no measured device."""
         return tuple(node for node in sorted(nodes) if not self._has_devices(node))
+
+    def availability(self, nodes: Iterable[str]) -> dict[str, Availability]:
+        """What each of `nodes` that is known says of itself."""
+        return {node: self._known[node].record.availability for node in nodes if node in self._known}
 
     def cluster(self, nodes: Iterable[str]) -> Cluster:
         """What is known of `nodes`, to plan over: only measured devices, only measured links among them."""

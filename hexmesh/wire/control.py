@@ -138,6 +138,8 @@ class Prepare(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     digest: str
     hosts: dict[str, int]
     plan: bytes
+    idle: tuple[str, ...] = ()
+    """Hosts without a part in the plan: it stays good when they go."""
 
 
 class CertMessage(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -31,8 +31,9 @@ from daemon.web.http import HttpSurface
 from daemon.web.service import GenerationPart, GenerationRequest, ServedModel
 from daemon.web.telemetry import Telemetry
 from daemon.web.text import TextCodec
-from hexmesh.errors import HexmeshError
+from hexmesh.errors import HexmeshError, NoRoom
 from hexmesh.wire.data import SampledToken
+from hexmesh.wire.orders import NodeStanding, OrderAction
 
 SHIPPED = Path(hexmesh.__file__).parent / "assets" / "model"
 REPLY = "The mesh has 12 nodes, Köln 🦊 included."
@@ -240,6 +241,14 @@ class FakeService:
 
     async def replan(self, reason: str) -> None:
         self.calls.append(("replan", reason))
+
+    async def order(self, node: str, action: OrderAction, deadline_s: float) -> NodeStanding:
+        self.calls.append(("order", (node, action, deadline_s)))
+        if node == "full":
+            raise NoRoom("no room", code="no_room", next_step="add some", needed_bytes=3, room_bytes=2)
+        return NodeStanding(
+            id="n2", name=node, availability="drained", stages=0, requests_left=0, drain_left_s=None
+        )
 
     async def leave(self, *, forget: bool) -> None:
         self.calls.append(("leave", forget))

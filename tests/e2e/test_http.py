@@ -908,6 +908,9 @@ async def test_sdk_with_a_key(service: FakeService) -> None:
         ("/admin/token", None, ("token", (3600.0, 1)), 200),
         ("/admin/replan", {"reason": "test"}, ("replan", "test"), 202),
         ("/admin/leave", {"forget": True}, ("leave", True), 202),
+        ("/admin/node/drain", {"node": "two", "deadline_s": 5}, ("order", ("two", "drain", 5.0)), 200),
+        ("/admin/node/cordon", {"node": "two"}, ("order", ("two", "cordon", 60.0)), 200),
+        ("/admin/node/uncordon", {"node": "full"}, ("order", ("full", "uncordon", 60.0)), 409),
     ],
 )
 async def test_changing_the_mesh_needs_the_admin_key(
@@ -924,6 +927,8 @@ async def test_changing_the_mesh_needs_the_admin_key(
             assert response.status == status
             answer = await response.json()
     assert service.calls == [call]
+    if status == 409:
+        assert (answer["error"]["needed_bytes"], answer["error"]["room_bytes"]) == (3, 2)
     if path == "/admin/token":
         assert set(answer) == {"token", "join_command", "expires_s", "uses"}
 
@@ -936,6 +941,14 @@ async def test_without_an_admin_key_nobody_changes_the_mesh(
     assert service.calls == []
 
 
+async def test_where_a_node_stands_can_be_read(service: FakeService, session: ClientSession) -> None:
+    async with session.get("/admin/node?node=two") as response:
+        assert (response.status, (await response.json())["name"]) == (200, "two")
+    async with session.get("/admin/node") as response:
+        assert response.status == 400
+    assert service.calls == [("order", ("two", "show", 0.0))]
+
+
 async def test_bad_admin_bodies(service: FakeService) -> None:
     async with serving(service, admin_key="root") as (_, session):
         headers = {"Authorization": "Bearer root"}
@@ -943,6 +956,8 @@ async def test_bad_admin_bodies(service: FakeService) -> None:
             ("/admin/token", {"ttl_s": -1}),
             ("/admin/token", {"uses": 0}),
             ("/admin/leave", []),
+            ("/admin/node/drain", {}),
+            ("/admin/node/drain", {"node": "two", "deadline_s": -1}),
         ):
             assert (await post(session, path, body, **headers))[0] == 400
     assert service.calls == []

@@ -6,7 +6,10 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from tests.swarm.world import Counts, Habits, Host, Weather, World
+import msgspec
+
+from hexmesh.membership.coordination import Coordination
+from tests.swarm.world import Counts, Habits, Host, PipelinePlan, Weather, World
 
 HEALS_WITHIN_S = 12.0
 """The bound of I8: listening of up to 3 s and a pause that outlasts the faults by up to 6 s are inside it."""
@@ -39,6 +42,7 @@ class Case:
         """2 to 9 hosts; gentle or hard faults; pauses in a quarter; in half, hosts listen before they take part.
 
         In a quarter, what cannot go straight is relayed.
+        In another half, plans say who has no part in them.
         """
         rng = random.Random(f"case {seed}")
         return cls(
@@ -50,6 +54,7 @@ class Case:
                 listen_s=rng.choice([None, (0.0, 3.0)]),
                 resets=rng.random() < 0.25,
                 relays=rng.random() < 0.25,
+                has_idle_hosts=rng.random() < 0.5,
             ),
         )
 
@@ -76,7 +81,7 @@ def is_whole(world: World) -> bool:
     machine = leader.machine
     if machine.committed is None or machine.decided != machine.committed or machine.held != boots:
         return False
-    if machine.committed_hosts != boots:
+    if not _suits(world, machine, boots):
         return False
     return all(
         host.machine is not None
@@ -84,6 +89,16 @@ def is_whole(world: World) -> bool:
         and host.machine.committed == machine.committed
         for host in alive
     )
+
+
+def _suits(world: World, machine: Coordination, boots: dict[str, int]) -> bool:
+    """Whether the committed plan is for exactly these hosts, or lacks only hosts that had no part in it."""
+    hosts = machine.committed_hosts
+    if hosts == boots:
+        return True
+    assert machine.committed_plan is not None
+    plan = msgspec.msgpack.decode(machine.committed_plan, type=PipelinePlan)
+    return world.habits.has_idle_hosts and set(plan.stages) <= boots.keys() and boots.items() <= hosts.items()
 
 
 def time_to_whole(world: World, within_s: float, calm_s: float) -> float | None:

@@ -67,6 +67,8 @@ class Habits:
     min_nodes: int = 1
     relays: bool = False
     """Whether a control message whose link is cut goes through a third host, as over a relayed connection."""
+    has_idle_hosts: bool = False
+    """Whether a plan says which hosts have no part in it; it is then kept when they go."""
     request_every_s: float | None = 0.1
     n_steps: int = 3
 
@@ -349,7 +351,8 @@ class World:
         self.counts.n_plans += 1
         stages = self.rng.sample(sorted(wanted.hosts), self.rng.randint(1, min(3, len(wanted.hosts))))
         plan = msgspec.msgpack.encode(PipelinePlan(tuple(stages), wanted.hosts, self.rng.randrange(2**40)))
-        envelope = PlanEnvelope(plan=plan, digest=str(hash(plan)), hosts=wanted.hosts)
+        idle = frozenset(wanted.hosts) - frozenset(stages) if self.habits.has_idle_hosts else frozenset()
+        envelope = PlanEnvelope(plan=plan, digest=str(hash(plan)), hosts=wanted.hosts, idle=idle)
         self.call(host, lambda m, t: m.plan_ready(wanted.request_id, envelope, t))
 
     # --- the network ---

@@ -13,7 +13,7 @@ from daemon import planning
 from daemon.coordinator import CoordinationLoop
 from daemon.models.model_source import resolve_model
 from daemon.planning import MeshPlanner, NoPlan, PlannedModel
-from hexmesh.cluster import Device, Link
+from hexmesh.cluster import Availability, Device, Link
 from hexmesh.membership.coordination import Coordination
 from hexmesh.membership.outputs import PlanEnvelope, PlanWanted
 from hexmesh.membership.records import DeviceFacts, Directory, KnownRecord, LinkFacts, NodeRecord
@@ -26,7 +26,14 @@ MIB = 2**20
 IDS = {"tokyo": "a" * 40, "osaka": "b" * 40}
 
 
-def record(name: str, *, memory_mib: float, links_to: tuple[str, ...] = (), sequence: int = 1) -> KnownRecord:
+def record(
+    name: str,
+    *,
+    memory_mib: float,
+    links_to: tuple[str, ...] = (),
+    sequence: int = 1,
+    availability: Availability = "active",
+) -> KnownRecord:
     device = Device(
         index=0,
         kind="cpu",
@@ -68,6 +75,7 @@ def record(name: str, *, memory_mib: float, links_to: tuple[str, ...] = (), sequ
         model_id="m",
         devices=(facts,),
         links=links,
+        availability=availability,
     )
     return KnownRecord(record=body, key_hash=b"", expires_at_unix_s=1e10, signed=b"")
 
@@ -174,6 +182,77 @@ async def test_a_planners_bug_blocks_planning_and_ends_no_daemon(monkeypatch: py
     assert loop.blocked is not None
     assert loop.blocked.code == "planning_failed"
     assert "float division by zero" in loop.blocked.message
+
+
+def two_nodes(
+    *, memory_mib: float, osaka: Availability = "active", sequence: int = 1
+) -> tuple[KnownRecord, KnownRecord]:
+    """Tokyo, and Osaka as its operator left it."""
+    return (
+        record("tokyo", memory_mib=memory_mib, links_to=("osaka",), sequence=sequence),
+        record("osaka", memory_mib=memory_mib, links_to=("tokyo",), sequence=sequence, availability=osaka),
+    )
+
+
+async def planned(planner: MeshPlanner, current: Plan | None = None) -> Plan:
+    answer = await planner.plan(wanted(), current)
+    assert isinstance(answer, PlanEnvelope)
+    plan = decode_plan(answer.plan)
+    assert answer.idle == plan.idle_hosts()
+    return plan
+
+
+@pytest.mark.parametrize("said", ["cordoned", "drained", "leaving"])
+async def test_a_barred_node_stays_a_host_and_gets_no_stage(said: Availability) -> None:
+    planner, _ = planner_over(*two_nodes(memory_mib=60, osaka=said))
+    plan = await planned(planner)
+    assert plan.hosts.keys() == set(IDS.values())
+    assert plan.idle_hosts() == {IDS["osaka"]} == set(plan.barred)
+    assert [one.node for one in plan.unused] == [IDS["osaka"]]
+
+
+async def test_a_cordoned_node_keeps_stages_that_fit_nowhere_else_and_a_drained_one_does_not() -> None:
+    planner, directory = planner_over(*two_nodes(memory_mib=9))
+    current = await planned(planner)
+    assert len(current.replicas[0].stages) == 2
+    for known in two_nodes(memory_mib=9, osaka="cordoned", sequence=2):
+        directory.merge(known)
+    assert planner.why_outdated(current, wanted().hosts) is None
+    assert (await planned(planner, current)).idle_hosts() == frozenset()
+    assert isinstance(await planner.plan(wanted(), None), NoPlan)
+
+    for known in two_nodes(memory_mib=9, osaka="drained", sequence=3):
+        directory.merge(known)
+    answer = await planner.plan(wanted(), current)
+    assert isinstance(answer, NoPlan)
+    assert "uncordon" in answer.notice.next_step
+    assert "osaka" in answer.notice.next_step
+
+
+async def test_a_drain_without_room_is_not_searched_for_over_and_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    planner, directory = planner_over(*two_nodes(memory_mib=9))
+    current = await planned(planner)
+    hosts = wanted().hosts
+    misfit = await planner.find_misfit(hosts, without=IDS["osaka"])
+    assert misfit is not None
+    assert misfit.needed_bytes > misfit.room_bytes > 0
+    assert planner.why_outdated(current, hosts) is None
+
+    for known in two_nodes(memory_mib=9, osaka="drained", sequence=2):
+        directory.merge(known)
+    reason = f"node {IDS['osaka']} drained by the operator"
+    assert planner.why_outdated(current, hosts) == reason
+    assert isinstance(await planner.plan(wanted(), current), NoPlan)
+    assert planner.why_outdated(current, hosts) is None
+    with monkeypatch.context() as later:
+        later.setattr(planning, "MISFIT_RETRY_S", -1.0)
+        assert planner.why_outdated(current, hosts) == reason
+    for known in two_nodes(memory_mib=9, sequence=3):
+        directory.merge(known)
+    assert planner.why_outdated(None, hosts) == f"node {IDS['osaka']} uncordoned by the operator"
+    assert await planner.find_misfit(hosts, without="c" * 40) is None
 
 
 class NoEpochs:

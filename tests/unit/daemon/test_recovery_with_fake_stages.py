@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from daemon.gateway import Flight
-from hexmesh.errors import InvalidInput, TimedOut
+from hexmesh.errors import InvalidInput, NotReady, TimedOut
 from hexmesh.wire.data import Generated, SampledToken, StepResult
 from tests.unit.daemon.fake_mesh import VOCABULARY, FakeMesh, answer_to, fake_mesh
 
@@ -232,3 +232,31 @@ async def test_tokens_of_an_older_attempt_are_dropped() -> None:
         )
 
     assert await answer_with_forgery(a_wrong_one) == answer_to(PROMPT, 20)
+
+
+async def test_a_gateway_that_goes_tells_its_clients_why() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        mesh.nodes["a"].worker.may_run.clear()
+        asked = asyncio.ensure_future(mesh.ask("b", PROMPT, 30))
+        await until(lambda: bool(mesh.nodes["b"].gateway.flights()))
+        mesh.nodes["b"].gateway.end_all(NotReady("this node left", code="left"))
+        with pytest.raises(NotReady, match="this node left"):
+            await asked
+        mesh.nodes["a"].worker.may_run.set()
+
+
+async def test_what_drains_elsewhere_ends_as_soon_as_its_driver_is_closed() -> None:
+    """Where memory is for one epoch the driver's host releases the old one at once; others must hear of it."""
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        mesh.lose = lambda message: isinstance(message, StepResult) and message.epoch.n == 1
+        asked = asyncio.ensure_future(mesh.ask("b", PROMPT, 30))
+        await until(lambda: mesh.nodes["b"].worker.n_steps == 1)
+        await mesh.commit("ba")
+        old = mesh.nodes["b"].epochs.draining
+        assert old is not None
+        assert mesh.nodes["b"].epochs.draining_here() is old
+        mesh.nodes["a"].epochs.release(old.epoch, "no room for two")
+        await until(lambda: mesh.nodes["b"].epochs.draining is None)
+        assert await asked == answer_to(PROMPT, 30)

@@ -170,7 +170,13 @@ class Puppet:
         return self._n_seq
 
     def prepare(
-        self, by: Ballot, of: Epoch, hosts: dict[str, int] | None = None, *, seq: int | None = None
+        self,
+        by: Ballot,
+        of: Epoch,
+        hosts: dict[str, int] | None = None,
+        *,
+        seq: int | None = None,
+        idle: tuple[str, ...] = (),
     ) -> list[Output]:
         return self.hear(
             Prepare(
@@ -181,6 +187,7 @@ class Puppet:
                 digest=f"digest {of.n}",
                 hosts={ME: BOOT, by.node: by.boot} if hosts is None else hosts,
                 plan=b"plan",
+                idle=idle,
             )
         )
 
@@ -226,8 +233,9 @@ class Puppet:
         self.hello(node, promised=mine, is_free=False)
         self.grant(node, mine)
 
-    def plan(self, wanted: PlanWanted, digest: str = "digest 1") -> list[Output]:
-        envelope = PlanEnvelope(plan=b"plan", digest=digest, hosts=wanted.hosts)
+    def plan(self, wanted: PlanWanted, digest: str = "digest 1", idle: str = "") -> list[Output]:
+        """Answer with a plan in which the hosts of `idle`, one letter each, have no part."""
+        envelope = PlanEnvelope(plan=b"plan", digest=digest, hosts=wanted.hosts, idle=frozenset(idle))
         self.last = self.machine.plan_ready(wanted.request_id, envelope, self.now_s)
         return self.last
 

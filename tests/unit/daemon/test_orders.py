@@ -1,0 +1,141 @@
+"""Orders find the node that they are for, and come back with its standing or its refusal."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from daemon import orders
+from daemon.orders import NodeOrders, find_node
+from hexmesh.errors import InvalidInput, Lost, NoRoom, TimedOut
+from hexmesh.membership.records import Directory, KnownRecord, NodeRecord
+from hexmesh.wire.orders import NodeOrder, NodeReply, NodeStanding, OrderAction
+
+TOKYO, OSAKA, OTHER_OSAKA = "a" * 40, "b" * 40, "bbbb" + "c" * 36
+
+
+def directory_of(**nodes: str) -> Directory:
+    directory = Directory()
+    for name, node in nodes.items():
+        record = NodeRecord(
+            mesh_id="m",
+            node=node,
+            boot=1,
+            sequence=1,
+            made_at_unix_s=0.0,
+            name=name.rstrip("_"),
+            site="s",
+            peer_address="127.0.0.1:1",
+            dht_maddrs=(),
+            http_url=None,
+            hexmesh_version="0",
+            protocol_version=1,
+            model_id="m",
+        )
+        directory.merge(KnownRecord(record=record, key_hash=b"", expires_at_unix_s=1e10, signed=b""))
+    return directory
+
+
+class FakeUpkeep:
+    """Obeys, or has no room."""
+
+    def __init__(self, node: str, *, has_room: bool = True) -> None:
+        self.node = node
+        self.has_room = has_room
+        self.obeyed: list[tuple[OrderAction, float]] = []
+
+    async def obey(self, action: OrderAction, deadline_s: float) -> NodeStanding:
+        if not self.has_room:
+            raise NoRoom("no room", code="no_room", next_step="add some", needed_bytes=3, room_bytes=2)
+        self.obeyed.append((action, deadline_s))
+        return NodeStanding(
+            id=self.node, name="n", availability="drained", stages=1, requests_left=2, drain_left_s=3.0
+        )
+
+
+class FakeWire:
+    """Two nodes and what travels between them."""
+
+    def __init__(self, group: asyncio.TaskGroup, osaka: FakeUpkeep) -> None:
+        self.is_cut = self.is_deaf = False
+        self.ends: dict[str, NodeOrders] = {}
+        directory = directory_of(tokyo=TOKYO, osaka=OSAKA)
+        for node, upkeep in ((TOKYO, FakeUpkeep(TOKYO)), (OSAKA, osaka)):
+            end = FakeEnd(self, node)
+            self.ends[node] = NodeOrders(
+                courier=cast(Any, end), group=group, directory=directory, upkeep=cast(Any, upkeep)
+            )
+
+    def carry(self, src: str, to: str, message: NodeOrder | NodeReply) -> bool:
+        if self.is_cut:
+            return False
+        if isinstance(message, NodeReply):
+            self.ends[to].on_reply(src, message)
+        elif not self.is_deaf:
+            self.ends[to].on_order(src, message)
+        return True
+
+
+class FakeEnd:
+    def __init__(self, wire: FakeWire, node_id: str) -> None:
+        self.wire = wire
+        self.node_id = node_id
+
+    def send(self, to: str, message: Any, payload: bytes = b"", *, channel: str = "data") -> bool:
+        return self.wire.carry(self.node_id, to, message)
+
+
+async def test_an_order_is_obeyed_where_it_is_meant_for() -> None:
+    osaka = FakeUpkeep(OSAKA)
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        wire = FakeWire(group, osaka)
+        standing = await wire.ends[TOKYO].give("osaka", "drain", 7.0)
+        here = await wire.ends[OSAKA].give(OSAKA[:6], "show")
+    assert (standing.id, standing.requests_left, here.id) == (OSAKA, 2, OSAKA)
+    assert osaka.obeyed == [("drain", 7.0), ("show", 0.0)]
+
+
+async def test_a_refusal_comes_back_with_its_bytes() -> None:
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        wire = FakeWire(group, FakeUpkeep(OSAKA, has_room=False))
+        with pytest.raises(NoRoom, match="no room") as refused:
+            await wire.ends[TOKYO].give("osaka", "drain")
+    assert (refused.value.needed_bytes, refused.value.room_bytes, refused.value.exit_code) == (3, 2, 4)
+
+
+async def test_a_node_that_cannot_be_reached_or_is_silent_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orders, "ANSWER_S", 0.05)
+    async with asyncio.timeout(5), asyncio.TaskGroup() as group:
+        wire = FakeWire(group, FakeUpkeep(OSAKA))
+        wire.is_deaf = True
+        with pytest.raises(TimedOut, match="osaka did not answer"):
+            await wire.ends[TOKYO].give("osaka", "cordon")
+        wire.is_cut = True
+        with pytest.raises(Lost, match="osaka cannot be reached"):
+            await wire.ends[TOKYO].give("osaka", "cordon")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("tokyo", TOKYO), (TOKYO, TOKYO), ("aaaa", TOKYO), (OTHER_OSAKA[:5], OTHER_OSAKA)],
+)
+def test_nodes_are_found_by_name_id_or_the_start_of_one(text: str, found: str) -> None:
+    directory = directory_of(tokyo=TOKYO, osaka=OSAKA, osaka_=OTHER_OSAKA)
+    assert find_node(directory, text).node == found
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("kyoto", "no node is called 'kyoto'"),
+        ("aaa", "no node is called 'aaa'"),
+        ("osaka", "2 nodes are called osaka"),
+        ("bbbb", "2 nodes are called bbbb"),
+    ],
+)
+def test_no_node_or_several_are_an_error(text: str, said: str) -> None:
+    directory = directory_of(tokyo=TOKYO, osaka=OSAKA, osaka_=OTHER_OSAKA)
+    with pytest.raises(InvalidInput, match=said):
+        find_node(directory, text)
