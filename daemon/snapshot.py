@@ -198,7 +198,7 @@ class MeshState:
                     roles=self._roles(record.node),
                     availability=self.availability_of(record),
                     version=record.hexmesh_version,
-                    age_s=max(0.0, now_s - heard_s) if heard_s is not None else 0.0,
+                    age_s=max(0.0, now_s - heard_s) if heard_s is not None else None,
                     rtt_s=None if record.node == self.node_id else self.links.rtt_s(record.node),
                 )
             )

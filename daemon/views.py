@@ -127,7 +127,8 @@ class MemberView(msgspec.Struct, frozen=True, kw_only=True):
     state: MemberState
     roles: list[str]
     version: str
-    age_s: float
+    age_s: float | None
+    """Since it was heard last; null if never, or if its host has refused connections since."""
     rtt_s: float | None
     availability: AvailabilityView = "active"
 

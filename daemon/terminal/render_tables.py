@@ -60,7 +60,7 @@ def members_table(members: Iterable[MemberView]) -> RenderableType:
             member.site,
             _state(member),
             ",".join(member.roles) or "-",
-            show_duration(member.age_s),
+            _seconds(member.age_s),
             _seconds(member.rtt_s),
             member.version,
         )

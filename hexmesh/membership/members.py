@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hexmesh.membership.flaps import Flaps
-from hexmesh.membership.peers import Peer, Peers
+from hexmesh.membership.peers import NEVER_S, Peer, Peers
 from hexmesh.membership.quarantine import Quarantine
 
 MemberState = Literal["self", "coordinator", "held", "free", "leased", "leaving", "silent"]
@@ -35,7 +35,7 @@ def view_peer(
     if boot is not None:
         why_excluded = quarantine.reason(peer.node, boot, now_s) or flaps.reason(peer.node, boot, now_s)
     return MemberView(
-        last_heard_s=None if boot is None else peer.last_heard_s,
+        last_heard_s=None if boot is None or peer.last_heard_s == NEVER_S else peer.last_heard_s,
         boot=boot,
         two_way=peers.is_two_way(peer.node, now_s),
         state=_state(peer, is_heard=peers.is_heard(peer, now_s), is_held=is_held),

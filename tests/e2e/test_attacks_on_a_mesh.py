@@ -124,8 +124,8 @@ def test_a_lying_member_changes_no_answer_and_ends_no_daemon(mesh: LocalMesh, tm
             capture_output=True,
             text=True,
             timeout=30,
-            check=True,
         )
+        assert shown.returncode == 0, shown.stderr
         assert "[/evil]" in shown.stdout
         log = daemon.log.read_text()
         assert "Traceback" not in log

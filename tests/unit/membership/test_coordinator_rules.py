@@ -501,3 +501,10 @@ def test_a_lone_coordinator_may_leave_at_once() -> None:
     puppet.lead()
     puppet.last = puppet.machine.leave(puppet.now_s)
     assert puppet.outputs(LeaveComplete) == [LeaveComplete("no other host is held")]
+
+
+def test_when_a_host_was_heard_is_unknown_once_it_refuses_connections() -> None:
+    puppet, _, _ = decided("a")
+    assert puppet.machine.members(puppet.now_s)["a"].last_heard_s is not None
+    puppet.machine.connection_refused("a", puppet.now_s)
+    assert puppet.machine.members(puppet.now_s)["a"].last_heard_s is None
