@@ -21,7 +21,7 @@ from daemon.compute.inventory import Inventory
 from daemon.config import JoinOptions
 from daemon.doctor.finding import Finding, failed, not_run, passed, warned
 from daemon.doctor.state_check import Stored, existing_parent
-from daemon.models.model_id import model_id
+from daemon.models.manifests import HASHES_NAME, local_manifest
 from daemon.models.model_source import SHIPPED_NAME, ModelFolder, resolve_model
 from hexmesh.architectures import check_supported
 from hexmesh.cost import STEP_TOKENS, CostModel, StepLimits, default_dtype
@@ -38,7 +38,6 @@ _COMPARED_BYTES = 2**30
 _BLOCK_TOKENS = 16
 _CACHE_ROOM_BYTES = 2 * 2**30
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HASHES = "file_hashes.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,9 +208,9 @@ def _safetensors_bytes(path: Path) -> int:
 def _id_of(files: ModelFolder, state_dir: Path) -> str:
     """The model's id, with the digests that the state folder remembers; that folder is not written to."""
     with tempfile.TemporaryDirectory(prefix="hexmesh-doctor-") as scratch:
-        if os.access(state_dir / _HASHES, os.R_OK):
-            shutil.copy(state_dir / _HASHES, scratch)
-        return model_id(files, Path(scratch))
+        if os.access(state_dir / HASHES_NAME, os.R_OK):
+            shutil.copy(state_dir / HASHES_NAME, scratch)
+        return local_manifest(files, Path(scratch)).id
 
 
 def _dtype(options: JoinOptions, stored: Stored, devices: Iterable[DeviceSpec]) -> DtypeName:

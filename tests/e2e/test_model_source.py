@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from daemon.models.model_id import model_id
+from daemon.models.manifests import local_manifest
 from daemon.models.model_source import SHIPPED_MODEL, SHIPPED_NAME, resolve_model
 from hexmesh.errors import InvalidInput
 
@@ -336,17 +336,17 @@ def test_what_is_neither_a_folder_nor_a_hub_id(
 def test_the_id_is_of_the_contents_alone(tmp_path: Path) -> None:
     first = resolve_model(str(_folder(tmp_path / "one")))
     second = resolve_model(str(_folder(tmp_path / "two", README__md=b"ignored")))
-    ids = [model_id(model, tmp_path / f"cache{index}") for index, model in enumerate((first, second))]
+    ids = [local_manifest(model, tmp_path / f"cache{index}") for index, model in enumerate((first, second))]
     assert ids[0] == ids[1]
     assert len(ids[0]) == 64
 
 
 @pytest.mark.parametrize("changed", sorted(WANTED))
 def test_the_id_changes_with_every_file(tmp_path: Path, changed: str) -> None:
-    before = model_id(resolve_model(str(_folder(tmp_path / "one"))), tmp_path)
+    before = local_manifest(resolve_model(str(_folder(tmp_path / "one"))), tmp_path)
     data = FILES[changed][:-1] + b" }" if changed.endswith(".json") else FILES[changed][:-1] + b"\x01"
     folder = _folder(tmp_path / "two", **{changed.replace(".", "__"): data})
-    assert model_id(resolve_model(str(folder)), tmp_path) != before
+    assert local_manifest(resolve_model(str(folder)), tmp_path) != before
 
 
 def test_a_second_start_reads_only_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,19 +360,19 @@ def test_a_second_start_reads_only_what_changed(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(hashlib, "file_digest", counted)
     cache = tmp_path / "cache"
-    first = model_id(model, cache)
+    first = local_manifest(model, cache)
     assert sorted(read) == sorted(WANTED)
     read.clear()
-    assert model_id(model, cache) == first
+    assert local_manifest(model, cache) == first
     assert read == []
     (model.folder / "model.safetensors").write_bytes(WEIGHTS[:-1] + b"\x01")
-    assert model_id(model, cache) != first
+    assert local_manifest(model, cache) != first
     assert read == ["model.safetensors"]
 
 
 def test_a_spoilt_cache_is_only_a_slow_start(tmp_path: Path) -> None:
     model = resolve_model(str(_folder(tmp_path / "one")))
-    first = model_id(model, tmp_path)
+    first = local_manifest(model, tmp_path)
     for spoilt in (b"", b"[1]", b'{"x": 3}', b"\xff"):
         (tmp_path / "file_hashes.json").write_bytes(spoilt)
-        assert model_id(model, tmp_path) == first
+        assert local_manifest(model, tmp_path) == first
