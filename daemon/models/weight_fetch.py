@@ -138,11 +138,14 @@ class WeightFetch:
         self._came_s = time.monotonic()
         try:
             async with asyncio.TaskGroup() as group:
+                uses: list[asyncio.Task[None]] = []
                 while not self._queue.is_done and self._failure is None:
                     for peer in self._peers_to_start():
-                        group.create_task(self._use(peer, pool), name=f"fetch-from-{peer.name}")
+                        uses.append(group.create_task(self._use(peer, pool), name=f"fetch-from-{peer.name}"))
                     self._tell(speed)
                     await asyncio.sleep(_TICK_S)
+                for use in uses:  # one may be dialling a host that hangs, or be overtaken
+                    use.cancel()
                 if self._failure is not None:
                     raise self._failure
         except* HexmeshError as group_error:
