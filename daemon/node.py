@@ -67,6 +67,7 @@ from hexmesh.membership.records import DeviceFacts, NodeRecord
 from hexmesh.membership.timers import Timers
 from hexmesh.plan import DtypeName
 from hexmesh.serving.batcher import BatchLimits
+from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import ReplicaStats
 from hexmesh.wire.facts import Facts
 from hexmesh.wire.peering import PROTOCOL_VERSION, MemberAddress
@@ -282,7 +283,7 @@ class Node:
             limits=BatchLimits(),
             vocab_size=member.model.spec.vocab_size,
             on_loaded=self._coordination.loaded,
-            on_load_failed=self._coordination.load_failed,
+            on_load_failed=self._on_load_failed,
             on_drained=self._coordination.drained,
             on_broken=self._coordination.broken,
             on_step=self._on_step,
@@ -483,6 +484,10 @@ class Node:
 
     def _on_coordination_change(self) -> None:
         self._gateway.routes_changed()
+
+    def _on_load_failed(self, epoch: Epoch, reason: str) -> None:
+        self._coordination.load_failed(epoch, reason)
+        self._publisher.touch()  # what this node can hold may be less than it said
 
     def _on_committed(self, reason: str) -> None:
         self._reporter.plan_committed(reason)

@@ -19,7 +19,7 @@ from daemon.models.inspection import survey, verify
 from daemon.models.weight_cache import WeightCache
 from daemon.models.weight_fetch import FetchProgress
 from hexmesh.errors import NotReady
-from tests.e2e.weight_peers import MIB, WeightMesh, weight_mesh
+from tests.e2e.weight_peers import MIB, WeightMesh, spoil, weight_mesh
 
 N_TENSORS = 16
 TENSOR_BYTES = 5 * MIB
@@ -38,17 +38,6 @@ def is_sound(mesh: WeightMesh, name: str = "cache") -> bool:
     """Whether every tensor is here, as the folder has it."""
     model = mesh.cache(name)
     return all(model.is_sound(tensor) for tensor in ALL)
-
-
-def spoil(path: Path, at: int) -> None:
-    """Flip a byte, and leave the time as it was: nobody who trusts times notices."""
-    status = path.stat()
-    with path.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)
-        file.seek(at)
-        file.write(bytes([byte[0] ^ 1]))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 async def test_two_peers_share_a_fetch_and_only_what_is_wanted_comes(mesh: WeightMesh) -> None:
