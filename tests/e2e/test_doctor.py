@@ -126,6 +126,16 @@ def test_a_sound_member_passes(tmp_path: Path, shipped: ModelReference) -> None:
     }
 
 
+def test_a_model_that_is_not_on_this_host_is_to_be_fetched(tmp_path: Path, shipped: ModelReference) -> None:
+    member(tmp_path / "s", msgspec.structs.replace(shipped, root="/nowhere/model"))
+    findings = examine(options(tmp_path / "s"), world())
+
+    assert mend_first(findings) is None
+    (model,) = [finding for finding in findings if finding.check == "model"]
+    assert model.outcome == "pass"
+    assert "fetches what it needs from other nodes" in model.finding
+
+
 def test_nothing_in_the_state_folder_changes(tmp_path: Path, shipped: ModelReference) -> None:
     member(tmp_path / "s", shipped)
     before = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}

@@ -1,10 +1,10 @@
-"""How fast weights come from peers over loopback: from one and two of them, against a plain copy through one TLS socket.
+"""How fast weights come from peers over loopback, against a plain copy through one TLS socket.
 
     python tools/bench/weights.py                  # docs/benchmarks/weights.md and .json
     python tools/bench/weights.py --quick --print  # less data, nothing written
 
-Peers are processes of their own with real peer networks. Everything is hashed, written and synced as in a daemon; the files
-lie in --folder (default: the temp folder). The plain copy reads the same bytes from files, and drops them on arrival.
+Peers are processes of their own with real peer networks. Everything is hashed, written and synced as in a daemon; the
+files lie in --folder (default: the temp folder). The plain copy reads the same file, and drops it on arrival.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -51,6 +52,11 @@ from hexmesh.weights.safetensors_format import LENGTH_BYTES  # noqa: E402
 from hexmesh.wire.weights import ANSWER_LIMITS  # noqa: E402
 
 MIB = 2**20
+NOTES = """The plain copy reads a file and sends it through one TLS socket, into memory that is dropped. Weights are
+read from files, hashed on arrival, written, synced to the disk and renamed, in threads of low priority. A peer's
+connection is one thread on each side: several peers add up until CPUs or the disk are full. How late the event loop
+of the fetching process ran is what heartbeats would notice.
+"""
 TENSOR_BYTES = 32 * MIB
 
 
@@ -164,7 +170,8 @@ class Peer:
 
     def stop(self) -> float:
         """End it; its CPU seconds."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         told = json.loads(self.process.stdout.readline())
         self.process.wait(10)
@@ -266,7 +273,7 @@ async def run_all(folder: Path, n_bytes: int, n_repeats: int) -> list[dict[str, 
                 seconds, late_s = await fetch(own, peers, local, target)
                 shutil.rmtree(target)
             own_cpu_s = cpu_s() - own_cpu_s
-            run = {
+            run: dict[str, Any] = {
                 "way": way,
                 "seconds": seconds,
                 "bytes_per_s": n_bytes / seconds,
@@ -285,7 +292,7 @@ async def run_all(folder: Path, n_bytes: int, n_repeats: int) -> list[dict[str, 
 
 def summarise(runs: list[dict[str, Any]]) -> str:
     def median(way: str, key: str) -> float:
-        return statistics.median(run[key] for run in runs if run["way"] == way)
+        return float(statistics.median(run[key] for run in runs if run["way"] == way))
 
     ways = list(dict.fromkeys(run["way"] for run in runs))
     base = median(ways[0], "bytes_per_s")
@@ -320,15 +327,24 @@ def main() -> None:
     if args.serve is not None:
         asyncio.run(serve(args.serve, args.model, args.plain))
         return
-    n_bytes, n_repeats = (256 * MIB, 1) if args.quick else (1024 * MIB, 3)
+    n_bytes, n_repeats = (256 * MIB, 1) if args.quick else (512 * MIB, 3)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="hexmesh-bench-") as folder:
         runs = asyncio.run(run_all(Path(folder), n_bytes, n_repeats))
     table = summarise(runs)
     print(table)
     if not args.print:
-        (ROOT / "docs/benchmarks/weights.json").write_text(
-            json.dumps({"bytes": n_bytes, "runs": runs}, indent=1) + "\n"
-        )
+        save(table, runs, n_bytes)
+
+
+def save(table: str, runs: list[dict[str, Any]], n_bytes: int) -> None:
+    folder = ROOT / "docs" / "benchmarks"
+    told = {"bytes": n_bytes, "cpus": os.cpu_count(), "load_average": os.getloadavg()[0], "runs": runs}
+    (folder / "weights.json").write_text(json.dumps(told, indent=1) + "\n")
+    (folder / "weights.md").write_text(
+        f"# Weights from peers\n\n`python tools/bench/weights.py`, {n_bytes // MIB} MiB over loopback, medians of "
+        f"{len(runs) // 3} runs in turn; {os.cpu_count()} CPUs for all processes, load average "
+        f"{told['load_average']:.1f} at the end.\n\n{table}\n\n{NOTES}"
+    )
 
 
 if __name__ == "__main__":
