@@ -207,6 +207,7 @@ class WeightFetch:
         except asyncio.CancelledError:
             sock.abort()
             await asyncio.wait([pulling])  # it writes into files that the next fetch may use
+            pulling.exception()  # looked at: that it was cut off is this node's own doing
             raise
 
     def _tell(self, speed: _Speed, *, is_last: bool = False) -> None:
