@@ -56,6 +56,7 @@ class NodeWeights:
         self._cache = cache
         self._peers = peers
         self._dial = dial
+        self._is_busy = is_busy
         self._on_progress = on_progress
         self._one_at_a_time = asyncio.Lock()
         self._fetched_bytes = 0
@@ -156,6 +157,7 @@ class NodeWeights:
             peers=self._peers,
             dial=self._dial,
             on_progress=note,
+            is_busy=self._is_busy,
         )
         await fetch.run()
 

@@ -52,6 +52,8 @@ _LEFT_ALONE_S = 60.0
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 10.0
 _NOTHING_PAUSE_S = 2.0
+_LONGEST_BREAK_S = 0.5
+"""Between two chunks while requests run."""
 _TICK_S = 0.2
 _SAY_EVERY_S = 5.0
 
@@ -112,6 +114,8 @@ class WeightFetch:
     peers: Callable[[], Sequence[WeightPeer]]
     dial: Callable[[NodeId], Awaitable[BulkSocket]]
     on_progress: Callable[[FetchProgress], None]
+    is_busy: Callable[[], bool] = lambda: False
+    """Whether this node runs steps of requests: then half of the time is theirs."""
     _queue: FetchQueue = field(init=False)
     _left: Counter[int] = field(init=False)
     """Chunks that each tensor still lacks."""
@@ -241,8 +245,11 @@ class WeightFetch:
                 while self._failure is None and self._ask_ahead(sock, peer, holds, asked):
                     question = asked[0]
                     while question.chunks:
+                        began_s = time.monotonic()
                         self._take_answer(sock.receive(question.deadline_s), question.chunks[0], peer, holds)
                         del question.chunks[0]
+                        if self.is_busy():
+                            time.sleep(min(time.monotonic() - began_s, _LONGEST_BREAK_S))
                     asked.popleft()
         finally:
             with self._lock:
