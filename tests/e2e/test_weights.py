@@ -183,8 +183,9 @@ def test_a_cache_that_is_too_small_keeps_its_node_out_of_the_plan(mesh: LocalMes
     log = small.log.read_text()
     assert re.search(r"the stage's weights need 3\.\d MiB in the cache .* it has room for 300\.0 KiB", log)
     mesh.await_ready([founder], plan_reaches=2)
+    assert small.node_id not in json.dumps(founder.get("/admin/topology")["replicas"])
     prompt = token_ids(QUESTION)
-    assert Stream(small.client, prompt, 20).run() == expected(prompt, 20)
+    assert Stream(founder.client, prompt, 20).run() == expected(prompt, 20)
 
 
 def test_no_daemon_logged_an_unforeseen_error(mesh: LocalMesh) -> None:
