@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
@@ -24,6 +25,8 @@ from hexmesh.membership.records import DeviceFacts
 from hexmesh.weights.manifest import Chunk
 
 _LOOK_UP_S = 20.0
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +127,7 @@ class NodeWeights:
         tensors = self._model.local.manifest.places(names)
         async with self._one_at_a_time:
             try:
-                await asyncio.to_thread(self._cache.reserve, stage, self._model.local.id, cached, tensors)
+                await _to_its_end(self._cache.reserve, stage, self._model.local.id, cached, tensors)
                 await self._fetch(cached, tensors)
             except BaseException as error:
                 self.release(stage)
@@ -139,7 +142,7 @@ class NodeWeights:
         self._cache.release(stage)
 
     async def _fetch(self, cached: CachedModel, tensors: Sequence[int]) -> None:
-        chunks = await asyncio.to_thread(_prepare, cached, tensors)
+        chunks = await _to_its_end(_prepare, cached, tensors)
         if not chunks:
             return
         before_bytes = self._fetched_bytes
@@ -160,6 +163,17 @@ class NodeWeights:
             is_busy=self._is_busy,
         )
         await fetch.run()
+
+
+async def _to_its_end(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run in a thread; a cancellation comes through after that, so that no thread changes files unseen."""
+    working = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait([working])
+        working.exception()
+        raise
 
 
 def _prepare(cached: CachedModel, tensors: Sequence[int]) -> dict[Chunk, int]:

@@ -68,14 +68,13 @@ class WeightCache:
             try:
                 self._make_room(model, wanted)
             except BaseException:
-                del self._users[user]
+                self.release(user)
                 raise
             model.touch(wanted)
 
     def release(self, user: str) -> None:
-        """The user needs its tensors no more."""
-        with self._lock:
-            self._users.pop(user, None)
+        """The user needs its tensors no more. Does not block."""
+        self._users.pop(user, None)
 
     def in_use(self) -> dict[str, set[int]]:
         """Tensors that somebody uses, by model."""

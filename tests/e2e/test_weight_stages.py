@@ -63,6 +63,7 @@ def weights_in(mesh: WeightMesh, folder: Path, cap_bytes: int | None = None) -> 
 def order(folder: Path, stage: str, start: int, stop: int) -> LoadStage:
     return LoadStage(
         stage=stage,
+        pool=stage,
         model_dir=str(folder),
         model_id="tiny",
         start=start,
