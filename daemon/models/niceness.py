@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 
-_NICENESS = 10
+_NICENESS = 5
 
 
 def be_nice() -> None:

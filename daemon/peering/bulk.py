@@ -58,14 +58,14 @@ class BulkSocket:
 
         Raises Lost when the peer is gone, stands still or is too slow, InvalidInput for a frame over the limit.
         """
-        while (frame := next(self._frames, None)) is None:
-            if time.monotonic() >= deadline_s:
-                raise Lost(f"node {short(self.node_id)} is too slow")
-            with self._losses():
+        with self._losses():
+            while (frame := next(self._frames, None)) is None:
+                if time.monotonic() >= deadline_s:
+                    raise Lost(f"node {short(self.node_id)} is too slow")
                 n_bytes = self._socket.recv_into(self._decoder.get_buffer())
-            if n_bytes == 0:
-                raise Lost(f"node {short(self.node_id)} closed the connection")
-            self._frames = self._decoder.advance(n_bytes)
+                if n_bytes == 0:
+                    raise Lost(f"node {short(self.node_id)} closed the connection")
+                self._frames = self._decoder.advance(n_bytes)
         return frame
 
     def abort(self) -> None:

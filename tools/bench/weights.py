@@ -49,6 +49,7 @@ from hexmesh.identity.certificates import to_pem  # noqa: E402
 from hexmesh.identity.keys import NodeKey  # noqa: E402
 from hexmesh.ids import NodeId  # noqa: E402
 from hexmesh.weights.safetensors_format import LENGTH_BYTES  # noqa: E402
+from hexmesh.wire.frames import frame_parts  # noqa: E402
 from hexmesh.wire.weights import ANSWER_LIMITS  # noqa: E402
 
 MIB = 2**20
@@ -148,6 +149,7 @@ def send_plain(sock: BulkSocket, path: Path) -> None:
     buffer = memoryview(bytearray(4 * MIB))
     with sock, path.open("rb") as file:
         sock.prepare(limits=ANSWER_LIMITS, timeout_s=30.0)
+        sock.receive()  # the dialling side asks first
         while n_bytes := file.readinto(buffer):
             sock.send([buffer[:n_bytes]])
 
@@ -238,6 +240,7 @@ async def copy_plain(own: Identity, peer: Peer, n_bytes: int) -> float:
         n_left = n_bytes
         with sock:
             sock.prepare(ANSWER_LIMITS, 30.0)
+            sock.send(frame_parts(b"go"))
             while n_left > 0:
                 n_left -= sock._socket.recv_into(buffer)  # below frames: this is what those are compared with
         return time.monotonic() - began_s
