@@ -53,10 +53,11 @@ from hexmesh.wire.frames import frame_parts  # noqa: E402
 from hexmesh.wire.weights import ANSWER_LIMITS  # noqa: E402
 
 MIB = 2**20
-NOTES = """The plain copy reads a file and sends it through one TLS socket, into memory that is dropped. Weights are
-read from files, hashed on arrival, written, synced to the disk and renamed, in threads of low priority. A peer's
-connection is one thread on each side: several peers add up until CPUs or the disk are full. How late the event loop
-of the fetching process ran is what heartbeats would notice.
+DISK_ALONE = "no network: write and sync"
+NOTES = """The plain copy reads a file and sends it through one TLS socket, into memory that is dropped. Weights are read from
+files, hashed on arrival, written, synced to the disk and renamed, in threads of low priority. A peer's connection is
+one thread on each side: several peers add up until CPUs or the disk are full (the first line is the disk alone). How
+late the event loop of the fetching process ran is what heartbeats would notice.
 """
 TENSOR_BYTES = 32 * MIB
 
@@ -254,8 +255,9 @@ async def run_all(folder: Path, n_bytes: int, n_repeats: int) -> list[dict[str, 
     own = make_identity(authority, folder / "own")
     write_model(folder / "model", n_bytes)
     local = local_manifest(resolve_model(str(folder / "model")), folder)
-    runs = []
+    runs: list[dict[str, Any]] = []
     for repeat in range(n_repeats):
+        runs.append(write_synced(folder / "synced", n_bytes))
         for way, n_peers in (
             ("plain copy, 1 TLS socket", 1),
             ("weights, 1 peer", 1),
@@ -293,12 +295,32 @@ async def run_all(folder: Path, n_bytes: int, n_repeats: int) -> list[dict[str, 
     return runs
 
 
+def write_synced(path: Path, n_bytes: int) -> dict[str, Any]:
+    """What the disk takes by itself: no fetch that ends on it can be faster."""
+    data = np.random.default_rng(2).bytes(4 * MIB)
+    began_s, began_cpu_s = time.monotonic(), cpu_s()
+    with path.open("wb") as file:
+        for _ in range(n_bytes // len(data)):
+            file.write(data)
+        file.flush()
+        os.fdatasync(file.fileno())
+    seconds = time.monotonic() - began_s
+    path.unlink()
+    return {
+        "way": DISK_ALONE,
+        "seconds": seconds,
+        "bytes_per_s": n_bytes / seconds,
+        "cpu_share_here": (cpu_s() - began_cpu_s) / seconds,
+        "loop_late_s": None,
+    }
+
+
 def summarise(runs: list[dict[str, Any]]) -> str:
     def median(way: str, key: str) -> float:
         return float(statistics.median(run[key] for run in runs if run["way"] == way))
 
     ways = list(dict.fromkeys(run["way"] for run in runs))
-    base = median(ways[0], "bytes_per_s")
+    base = median("plain copy, 1 TLS socket", "bytes_per_s")
     lines = [
         "| way | MB/s | of the plain copy | CPUs of the fetching process | event loop late by at most |",
         "|---|---|---|---|---|",
@@ -330,7 +352,7 @@ def main() -> None:
     if args.serve is not None:
         asyncio.run(serve(args.serve, args.model, args.plain))
         return
-    n_bytes, n_repeats = (256 * MIB, 1) if args.quick else (512 * MIB, 3)
+    n_bytes, n_repeats = (256 * MIB, 2) if args.quick else (512 * MIB, 3)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="hexmesh-bench-") as folder:
         runs = asyncio.run(run_all(Path(folder), n_bytes, n_repeats))
     table = summarise(runs)
@@ -345,7 +367,7 @@ def save(table: str, runs: list[dict[str, Any]], n_bytes: int) -> None:
     (folder / "weights.json").write_text(json.dumps(told, indent=1) + "\n")
     (folder / "weights.md").write_text(
         f"# Weights from peers\n\n`python tools/bench/weights.py`, {n_bytes // MIB} MiB over loopback, medians of "
-        f"{len(runs) // 3} runs in turn; {os.cpu_count()} CPUs for all processes, load average "
+        f"{len(runs) // 4} runs in turn; {os.cpu_count()} CPUs for all processes, load average "
         f"{told['load_average']:.1f} at the end.\n\n{table}\n\n{NOTES}"
     )
 
