@@ -54,10 +54,11 @@ from hexmesh.wire.weights import ANSWER_LIMITS  # noqa: E402
 
 MIB = 2**20
 DISK_ALONE = "no network: write and sync"
-NOTES = """The plain copy reads a file and sends it through one TLS socket, into memory that is dropped. Weights are read
-from files, hashed on arrival, written, synced to the disk and renamed, in threads of low priority. A peer's connection is
-one thread on each side: several peers add up until CPUs or the disk are full (the first line is the disk alone). How
-late the event loop of the fetching process ran is what heartbeats would notice.
+NOTES = """The plain copy reads a file and sends it through one TLS socket, into memory that is dropped.
+Weights are read from files, hashed on arrival, written, synced to the disk and renamed, in threads
+of low priority. A peer's connection is one thread on each side: several peers add up until CPUs or
+the disk are full (the first line is the disk alone). How late the event loop of the fetching
+process ran is what heartbeats would notice.
 """
 TENSOR_BYTES = 32 * MIB
 
