@@ -205,9 +205,8 @@ class StageHost:
             return await held.worker.load(order)
         except BaseException as error:
             self._weights.release(held.name)
-            if isinstance(
-                error, asyncio.CancelledError
-            ):  # the worker may be loading it: nobody wants it any more
+            if isinstance(error, asyncio.CancelledError):
+                # the worker may be loading it, and nobody wants it any more
                 with contextlib.suppress(Lost):
                     held.worker.drop(held.name)
             raise
