@@ -20,6 +20,7 @@ from daemon.verbs.config import config
 from daemon.verbs.demo import demo
 from daemon.verbs.doctor import doctor
 from daemon.verbs.join import join
+from daemon.verbs.model import model
 from daemon.verbs.node import node
 from daemon.verbs.reads import links, members, plan, requests, status, topology
 from daemon.verbs.version import version
@@ -56,7 +57,7 @@ def cli(context: click.Context, config_file: str | None) -> None:
 for command in (
     *(join, leave, wait, demo),
     *(status, members, links, topology, requests, plan, replan),
-    *(generate, chat, token, node, version, doctor, config),
+    *(generate, chat, token, node, model, version, doctor, config),
 ):
     cli.add_command(command)
 

@@ -54,6 +54,8 @@ class JoinOptions:
     cpu_affinity: tuple[int, ...] | None = None
     memory_bytes: int | None = None
     """The planner's budget on each device; None means what is free."""
+    weights_cache_bytes: int | None = None
+    """Cap of the cache of weights fetched from peers; None means 80 % of what is free for it."""
     dtype: DtypeName | None = None
     """None means the model's own."""
     min_nodes: int = 1
@@ -335,7 +337,7 @@ def _unknown_key(path: Path, key: str, known: set[str]) -> InvalidInput:
     return InvalidInput(f"{path}: unknown key {key}", next_step=next_step)
 
 
-_RENAMED = {"memory": "memory_bytes"}
+_RENAMED = {"memory": "memory_bytes", "weights_cache": "weights_cache_bytes"}
 _FIELDS: dict[str, Callable[[str], object]] = {
     "state_dir": lambda text: Path(text).expanduser().absolute(),
     "model": str,
@@ -348,6 +350,7 @@ _FIELDS: dict[str, Callable[[str], object]] = {
     "threads": _parse_positive,
     "cpu_affinity": parse_cpus,
     "memory": parse_bytes,
+    "weights_cache": parse_bytes,
     "dtype": _one_of(_DTYPES),
     "min_nodes": _parse_positive,
     "ready_file": lambda text: Path(text).expanduser().absolute(),

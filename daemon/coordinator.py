@@ -125,6 +125,10 @@ class CoordinationLoop:
         """`epoch` cannot be loaded here."""
         self._feed(self.machine.prepare_failed(epoch, reason, self._loop.time()))
 
+    def fetched(self, n_bytes: int) -> None:
+        """So many bytes of weights came from peers so far."""
+        self.machine.prepare_fetched(n_bytes)
+
     def drained(self, epoch: Epoch) -> None:
         """Nothing runs in the draining epoch any more."""
         self._feed(self.machine.drained(epoch, self._loop.time()))

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-Channel = Literal["control", "data", "probe"]
+Channel = Literal["control", "data", "probe", "bulk"]
 Payload = bytes | bytearray | memoryview
 
 

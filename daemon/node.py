@@ -35,6 +35,9 @@ from daemon.dispatch import PEER_MESSAGES, Dispatcher
 from daemon.epochs import Epochs
 from daemon.gateway import Gateway
 from daemon.leaving import drain
+from daemon.models.node_weights import NodeWeights
+from daemon.models.weight_cache import cache_of
+from daemon.models.weight_peers import weight_peers
 from daemon.orders import NodeOrders
 from daemon.peering.address import parse_address
 from daemon.peering.greeting import LocalPeer
@@ -64,6 +67,7 @@ from hexmesh.membership.records import DeviceFacts, NodeRecord
 from hexmesh.membership.timers import Timers
 from hexmesh.plan import DtypeName
 from hexmesh.serving.batcher import BatchLimits
+from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import ReplicaStats
 from hexmesh.wire.facts import Facts
 from hexmesh.wire.peering import PROTOCOL_VERSION, MemberAddress
@@ -75,6 +79,8 @@ progress = logging.getLogger("hexmesh.progress")
 FIRST_TOKEN_USES = 16
 FIRST_TOKEN_TTL_S = 3600.0
 KEEP_MEMBERS_S = 2.0
+STEPS_PAUSE_S = 0.5
+"""Without a step of a request for so long, sending weights may take the whole link."""
 
 
 async def run_node(options: JoinOptions, on_up: Callable[[UpLine], None]) -> int:
@@ -105,6 +111,7 @@ class Node:
             group = await stack.enter_async_context(ServiceGroup())
             stack.callback(group.stop)
             self._compose_knowledge(group)
+            self._compose_weights()
             self._compose_serving(group, workshop)
             stack.callback(self._devices.close)
             http = await stack.enter_async_context(self._make_http())
@@ -170,6 +177,7 @@ class Node:
             on_refused=self._on_peer_gone,
             on_channel_lost=self._on_channel_lost,
             admit=self._admission.admit,
+            on_bulk=lambda sock: self._weights.server.serve(sock),
         )
         return PeerNetwork(local, member.listener, events, decode=PEER_MESSAGES.decode)
 
@@ -236,6 +244,17 @@ class Node:
             on_replan=self._on_committed,
         )
 
+    def _compose_weights(self) -> None:
+        """What has the model's files: reads them, fetches them from peers, and gives them to peers."""
+        self._weights = NodeWeights(
+            self._member.model.held,
+            cache_of(self._options.state_dir, self._options.weights_cache_bytes),
+            peers=lambda: weight_peers(self._roster.directory.records(), self.node_id),
+            dial=self._network.open_bulk,
+            is_busy=lambda: time.monotonic() - self._stages.last_step_s < STEPS_PAUSE_S,
+            on_progress=lambda n_bytes: self._coordination.fetched(n_bytes),
+        )
+
     def _compose_serving(self, group: ServiceGroup, workshop: Workshop) -> None:
         """What runs requests: workers, stages, drivers and the gateway."""
         member = self._member
@@ -251,6 +270,7 @@ class Node:
             courier=self,
             group=group,
             files=ModelFiles(folder=str(member.model.files.folder), model_id=member.model.id),
+            weights=self._weights,
             budgets=self._devices.budgets(),
             worker_of=self._devices.worker,
             admit=self._coordination.admit,
@@ -263,7 +283,7 @@ class Node:
             limits=BatchLimits(),
             vocab_size=member.model.spec.vocab_size,
             on_loaded=self._coordination.loaded,
-            on_load_failed=self._coordination.load_failed,
+            on_load_failed=self._on_load_failed,
             on_drained=self._coordination.drained,
             on_broken=self._coordination.broken,
             on_step=self._on_step,
@@ -287,6 +307,7 @@ class Node:
             epochs=self._epochs,
             gateway=self._gateway,
             links=self._links,
+            weights=self._weights,
             stats=stats,
             loop_time=self._loop.time,
             rng=self._rng,
@@ -331,6 +352,7 @@ class Node:
                 bos_token_id=model.spec.bos_token_id,
             ),
             state=self._state,
+            weights=self._weights,
             gateway=self._gateway,
             admission=self._admission,
             orders=self._orders,
@@ -384,6 +406,7 @@ class Node:
         group.create_task(self._dht.run(), name="dht")
         group.create_task(self._reporter.run(), name="report")
         group.create_task(self._keep_members(), name="keep-members")
+        group.create_task(self._weights.run(), name="look-up-room")
         group.create_task(self._coordination.run(), name="coordinate")
         group.create_task(self._take_part(), name="take-part")
 
@@ -462,6 +485,10 @@ class Node:
     def _on_coordination_change(self) -> None:
         self._gateway.routes_changed()
 
+    def _on_load_failed(self, epoch: Epoch, reason: str) -> None:
+        self._coordination.load_failed(epoch, reason)
+        self._publisher.touch()  # what this node can hold may be less than it said
+
     def _on_committed(self, reason: str) -> None:
         self._reporter.plan_committed(reason)
 
@@ -491,7 +518,8 @@ class Node:
             protocol_version=PROTOCOL_VERSION,
             model_id=member.model.id,
             capabilities=("pipeline",),
-            devices=self._facts,
+            devices=self._weights.bound_devices(self._facts),
+            has_all_weights=self._weights.is_whole,
             links=self._links.links(),
             availability=self._upkeep.availability,
         )

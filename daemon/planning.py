@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from hexmesh.plan import DtypeName, Plan, Replica, digest_of, encode_plan
 from hexmesh.schedule.availability import barred_hosts, kept_hosts, why_outdated, with_barred
 from hexmesh.schedule.check import check_plan
 from hexmesh.schedule.layout import lay_out
+from hexmesh.schedule.loading import load_estimate_s
 from hexmesh.schedule.misfit import NoFit
 from hexmesh.units import show_bytes
 from hexmesh.wire.notice import PlanBlocked
@@ -29,8 +29,6 @@ FACTS_PATIENCE_S = 3.0
 """How long a plan waits for a host's devices and links before it does without them."""
 MISFIT_RETRY_S = 30.0
 """A drain that found no room is tried again so often: a host in quarantine may have come back."""
-LOAD_BYTES_PER_S = 200e6
-"""A cautious estimate of how fast weights are read, for the time hosts are given to get ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +134,8 @@ class MeshPlanner:
         assert not faults, faults
         plan = with_barred(answer, word, barred, cluster)
         data = encode_plan(plan)
-        load_s = _most_loaded_bytes(plan) / LOAD_BYTES_PER_S
+        holders = {record.node for record in self._directory.records() if record.has_all_weights}
+        load_s = load_estimate_s(plan, cluster, holders & wanted.hosts.keys())
         return PlanEnvelope(
             plan=data,
             digest=digest_of(data),
@@ -215,15 +214,6 @@ def _notice(answer: NoFit, barred: list[str]) -> PlanBlocked:
         needed_bytes=answer.needed_bytes,
         room_bytes=answer.room_bytes,
     )
-
-
-def _most_loaded_bytes(plan: Plan) -> int:
-    """What the host with the most to load has to load."""
-    loads: Counter[str] = Counter()
-    for replica in plan.replicas:
-        for stage in replica.stages:
-            loads[stage.node] += stage.needed_bytes
-    return max(loads.values())
 
 
 def _summary(plan: Plan, cluster: Cluster) -> str:

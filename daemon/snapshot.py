@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from daemon.coordinator import CoordinationLoop
 from daemon.epochs import Epochs, HeldEpoch
 from daemon.gateway import Flight, Gateway, Route
+from daemon.models.node_weights import NodeWeights
+from daemon.models.weight_fetch import FetchProgress
 from daemon.peering.links import LinkMonitor
 from daemon.views import (
     AvailabilityView,
@@ -33,6 +35,7 @@ from daemon.views import (
     StatusView,
     TopologyView,
     UnusedView,
+    WeightsView,
 )
 from hexmesh.ids import short
 from hexmesh.membership.members import MemberView as CoordinationMember
@@ -62,6 +65,7 @@ class MeshState:
     epochs: Epochs
     gateway: Gateway
     links: LinkMonitor
+    weights: NodeWeights
     stats: dict[str, ReplicaStats]
     loop_time: Callable[[], float]
     rng: random.Random
@@ -108,6 +112,8 @@ class MeshState:
             return Readiness(ready=False, blocker=_blocker(blocked))
         if self.starting is not None:
             return _not_ready("starting", self.starting, "wait: hexmesh wait --ready")
+        if self.weights.progress is not None:
+            return self._fetching(self.weights.progress)
         return self._unplanned()
 
     def _whole_replicas(self) -> set[str]:
@@ -133,6 +139,16 @@ class MeshState:
                 n_known = stats.requests_running + stats.requests_waiting
                 counts[replica.id] = max(counts[replica.id], n_known)
         return counts
+
+    def _fetching(self, progress: FetchProgress) -> Readiness:
+        blocker = Blocker(
+            code="fetching_weights",
+            message=f"this node fetches its stage's weights: {progress.one_line()}",
+            next_step="wait: hexmesh wait --ready",
+            needed_bytes=progress.total_bytes,
+            room_bytes=self.weights.room_bytes,
+        )
+        return Readiness(ready=False, blocker=blocker)
 
     def _unplanned(self) -> Readiness:
         plan = self.plan_now()
@@ -179,6 +195,7 @@ class MeshState:
             kv_blocks=KvBlocksView(free=free, used=total - free, cached=0, leased=0),
             replicas=len(plan.replicas) if (plan := self.plan_now()) is not None else 0,
             replicas_whole=len(self._whole_replicas()),
+            weights=_weights_view(self.weights.progress) if self.weights.progress is not None else None,
         )
 
     def members(self) -> list[MemberView]:
@@ -453,6 +470,17 @@ def _answers(member: CoordinationMember | None) -> bool:
 
 def _not_ready(code: str, message: str, next_step: str) -> Readiness:
     return Readiness(ready=False, blocker=Blocker(code=code, message=message, next_step=next_step))
+
+
+def _weights_view(progress: FetchProgress) -> WeightsView:
+    return WeightsView(
+        fetched_bytes=progress.done_bytes,
+        needed_bytes=progress.total_bytes,
+        bytes_per_s=progress.bytes_per_s,
+        left_s=progress.left_s,
+        peers=list(progress.peers),
+        trouble=progress.trouble,
+    )
 
 
 def _blocker(blocked: PlanBlocked) -> Blocker:

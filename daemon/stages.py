@@ -7,6 +7,7 @@ its epoch alone (`admit`); the worker holds no per-sequence state but KV in bloc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
@@ -18,12 +19,13 @@ import msgspec
 
 from daemon.compute.workers import Worker
 from daemon.courier import Courier, Payload
-from hexmesh.errors import HexmeshError, InvalidInput
+from daemon.models.node_weights import NodeWeights
+from hexmesh.errors import HexmeshError, InvalidInput, Lost
 from hexmesh.membership.outputs import Accepted, Admission
 from hexmesh.plan import Plan, Replica, Stage
 from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import MAX_STEP_TOKENS, Step, StepRefused, StepResult
-from hexmesh.wire.worker import LoadStage, RunStep, StepDone
+from hexmesh.wire.worker import LoadStage, RunStep, StageLoaded, StepDone
 
 log = logging.getLogger("hexmesh.stages")
 
@@ -68,6 +70,7 @@ class StageHost:
         courier: Courier,
         group: asyncio.TaskGroup,
         files: ModelFiles,
+        weights: NodeWeights,
         budgets: Mapping[int, int],
         worker_of: Callable[[int], Awaitable[Worker]],
         admit: Callable[[Step], Admission],
@@ -76,6 +79,7 @@ class StageHost:
         self._courier = courier
         self._group = group
         self._files = files
+        self._weights = weights
         self._budgets = budgets
         self._worker_of = worker_of
         self._admit = admit
@@ -122,12 +126,13 @@ class StageHost:
         for key in keys:
             held = self._held.pop(key)
             held.worker.drop(held.name)
+            self._weights.release(held.name)
 
     def worker_died(self, worker: Worker, reason: str) -> None:
         """Forget what the dead worker held and say which epochs are broken by it."""
         lost = [key for key, held in self._held.items() if held.worker is worker]
         for key in lost:
-            del self._held[key]
+            self._weights.release(self._held.pop(key).name)
         for epoch in {key[0] for key in lost}:
             self._on_broken(epoch, reason)
 
@@ -135,6 +140,7 @@ class StageHost:
         """A worker gave up one of its stages: its epoch is broken."""
         for key in [key for key, held in self._held.items() if held.name == name]:
             del self._held[key]
+            self._weights.release(name)
             self._on_broken(key[0], reason)
 
     def on_step(self, step: Step, payload: Payload) -> None:
@@ -168,7 +174,7 @@ class StageHost:
             index=index,
             worker=await self._worker_of(stage.devices[0]),
         )
-        loaded = await held.worker.load(self._load_order(held, plan, stage))
+        loaded = await self._load_weights(held, self._load_order(held, plan, stage))
         self._held[(epoch, replica.id, index)] = held
         log.info(
             "stage loaded replica=%s stage=%d layers=%d-%d load_s=%.2f reused_layers=%d",
@@ -190,6 +196,20 @@ class StageHost:
         ]
         _, pool, is_broken = max(same, default=(None, None, False))
         return None if is_broken else pool
+
+    async def _load_weights(self, held: HeldStage, order: LoadStage) -> StageLoaded:
+        """Load the stage, once what it reads is on the disk; its tensors stay there as long as it is held."""
+        try:
+            if not self._weights.is_whole:
+                await self._weights.hold(held.name, await held.worker.name_tensors(order))
+            return await held.worker.load(order)
+        except BaseException as error:
+            self._weights.release(held.name)
+            if isinstance(error, asyncio.CancelledError):
+                # the worker may be loading it, and nobody wants it any more
+                with contextlib.suppress(Lost):
+                    held.worker.drop(held.name)
+            raise
 
     def _load_order(self, held: HeldStage, plan: Plan, stage: Stage) -> LoadStage:
         return LoadStage(

@@ -140,6 +140,55 @@ class KvBlocksView(msgspec.Struct, frozen=True, kw_only=True):
     leased: int
 
 
+class WeightsView(msgspec.Struct, frozen=True, kw_only=True):
+    """A fetch of weights from peers that runs on this node. `trouble`: why nothing comes."""
+
+    fetched_bytes: int
+    needed_bytes: int
+    bytes_per_s: float
+    left_s: float | None
+    peers: list[str]
+    trouble: str | None
+
+
+class CachedModelView(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that this node knows: in a local folder, or as far as the cache holds its tensors."""
+
+    id: str
+    name: str
+    folder: str | None
+    """The local folder with all of it, if there is one."""
+    weight_bytes: int
+    """All tensors of the model."""
+    cached_bytes: int
+    complete: bool
+    layers: list[tuple[int, int]]
+    """Layers whose tensors are all in the cache."""
+    tensors: int
+    cached_tensors: int
+    used_at_unix_s: float | None
+    """When a tensor of the cache was used last."""
+    in_use: bool
+    """Whether a stage of the running daemon uses it."""
+
+
+class DamageView(msgspec.Struct, frozen=True, kw_only=True):
+    """A file that is not what the manifest says. `repair`: what was done about it, or is to be done."""
+
+    path: str
+    tensor: str | None
+    repair: str
+
+
+class VerifiedModelView(msgspec.Struct, frozen=True, kw_only=True):
+    """A model whose files were hashed again."""
+
+    id: str
+    name: str
+    folder: str | None
+    damages: list[DamageView]
+
+
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     node: str
     name: str
@@ -156,6 +205,8 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     replicas: int = 0
     replicas_whole: int = 0
     """Those of which all nodes answer and the driver runs; one is enough to be ready."""
+    weights: WeightsView | None = None
+    """While weights are fetched here."""
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):

@@ -35,6 +35,7 @@ from hexmesh.runtime.device import (
     prepare_thread,
     total_bytes,
 )
+from hexmesh.runtime.loading import name_tensors
 from hexmesh.runtime.payload import bytes_from, tensor_from
 from hexmesh.runtime.residency import Residency
 from hexmesh.wire.codec import WORKER_REPLIES, WORKER_REQUESTS, WorkerReply, WorkerRequest
@@ -45,10 +46,12 @@ from hexmesh.wire.worker import (
     FailureKind,
     LoadStage,
     MeasureDevice,
+    NameTensors,
     RunStep,
     StageFailed,
     StepDone,
     StepFailed,
+    TensorsNamed,
 )
 
 log = logging.getLogger("hexmesh.worker")
@@ -107,6 +110,8 @@ class _WorkerLoop:
                 self._steps.put(lambda: self._run_step(request, payload))
             case LoadStage():
                 self._loads.put(lambda: self._load(request))
+            case NameTensors():
+                self._loads.put(lambda: self._name_tensors(request.order))
             case DropStage():
                 self._loads.put(lambda: self._drop(request.stage))
             case MeasureDevice():
@@ -160,8 +165,16 @@ class _WorkerLoop:
         self._loads.put(lambda: self._drop(stage))
 
     def _load(self, order: LoadStage) -> None:
+        self._answer_order(order, lambda: self._residency.load(order))
+
+    def _name_tensors(self, order: LoadStage) -> None:
+        self._answer_order(
+            order, lambda: TensorsNamed(stage=order.stage, names=name_tensors(order, self._device))
+        )
+
+    def _answer_order(self, order: LoadStage, answer: Callable[[], WorkerReply]) -> None:
         try:
-            reply: WorkerReply = self._residency.load(order)
+            reply = answer()
         except HexmeshError as error:
             reply = StageFailed(stage=order.stage, reason=error.one_line(), kind=_kind_of(error))
         except Exception as error:  # the process's edge: whatever a model's code raises

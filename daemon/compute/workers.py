@@ -36,11 +36,13 @@ from hexmesh.wire.worker import (
     DropStage,
     LoadStage,
     MeasureDevice,
+    NameTensors,
     RunStep,
     StageFailed,
     StageLoaded,
     StepDone,
     StepFailed,
+    TensorsNamed,
 )
 
 log = logging.getLogger("hexmesh.workers")
@@ -61,6 +63,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.WriteTransport | None = None
         self._loads: dict[str, asyncio.Future[StageLoaded]] = {}
+        self._namings: dict[str, asyncio.Future[TensorsNamed]] = {}
         self._steps: dict[tuple[str, int], asyncio.Future[tuple[StepDone, memoryview]]] = {}
         self._measurements: list[asyncio.Future[DeviceMeasured]] = []
         self._callbacks: list[Callable[[str], None]] = []
@@ -75,6 +78,10 @@ class Worker:
         if order.stage in self._loads:
             raise Internal(f"stage {order.stage} is being loaded already")
         return await self._ask(order, self._loads, order.stage)
+
+    async def name_tensors(self, order: LoadStage) -> list[str]:
+        """The checkpoint's tensors that `load` would read. Raises as it does."""
+        return (await self._ask(NameTensors(order=order), self._namings, order.stage)).names
 
     def drop(self, stage: str) -> None:
         """Have a stage forgotten; calls in flight for it raise Closed. No answer is awaited."""
@@ -160,6 +167,8 @@ class Worker:
         match reply:
             case StageLoaded():
                 _resolve(self._loads.get(reply.stage), reply)
+            case TensorsNamed():
+                _resolve(self._namings.get(reply.stage), reply)
             case StageFailed():
                 self._stage_failed(reply)
             case StepDone():
@@ -174,9 +183,9 @@ class Worker:
 
     def _stage_failed(self, reply: StageFailed) -> None:
         error = _error_of(reply)
-        loading = self._loads.get(reply.stage)
-        if loading is not None:
-            _fail(loading, error)
+        if reply.stage in self._namings or reply.stage in self._loads:
+            _fail(self._namings.get(reply.stage), error)
+            _fail(self._loads.get(reply.stage), error)
             return
         self._fail_stage(reply.stage, error)
         for callback in self._failed_callbacks:
@@ -189,6 +198,8 @@ class Worker:
                 _fail(answer, error)
 
     def _fail_all(self, error: HexmeshError) -> None:
+        for naming in self._namings.values():
+            _fail(naming, error)
         for loading in self._loads.values():
             _fail(loading, error)
         for step in self._steps.values():

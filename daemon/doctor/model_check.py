@@ -21,8 +21,10 @@ from daemon.compute.inventory import Inventory
 from daemon.config import JoinOptions
 from daemon.doctor.finding import Finding, failed, not_run, passed, warned
 from daemon.doctor.state_check import Stored, existing_parent
-from daemon.models.model_id import model_id
+from daemon.models.inspection import survey
+from daemon.models.manifests import HASHES_NAME, local_manifest
 from daemon.models.model_source import SHIPPED_NAME, ModelFolder, resolve_model
+from daemon.models.weight_cache import cache_of
 from hexmesh.architectures import check_supported
 from hexmesh.cost import STEP_TOKENS, CostModel, StepLimits, default_dtype
 from hexmesh.errors import HexmeshError
@@ -31,6 +33,7 @@ from hexmesh.model_spec import ModelSpec, model_spec_from_config
 from hexmesh.plan import DtypeName
 from hexmesh.schedule.misfit import least_layer_bytes
 from hexmesh.units import show_bytes
+from hexmesh.wire.peering import ModelReference
 from hexmesh.workload import Workload
 
 _COMPARED_BYTES = 2**30
@@ -38,7 +41,6 @@ _COMPARED_BYTES = 2**30
 _BLOCK_TOKENS = 16
 _CACHE_ROOM_BYTES = 2 * 2**30
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HASHES = "file_hashes.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +66,13 @@ def check_model(options: JoinOptions, stored: Stored) -> tuple[FoundModel | None
         check_supported(files.config)
         spec = model_spec_from_config(files.config, generation_config=files.generation_config)
     except NotDownloaded:
+        if options.model is None and reference is not None:
+            return _from_peers(options, reference)
         return None, warned(check, f"{text} is not in the hub's cache", "join downloads it, or give a folder")
     except HexmeshError as error:
-        where = "" if options.model or reference is None else f"the mesh's model {reference.name}: "
-        return None, failed(check, where + error.message, error.next_step or "give another with --model")
+        if options.model is None and reference is not None:
+            return _from_peers(options, reference)
+        return None, failed(check, error.message, error.next_step or "give another with --model")
     except OSError as error:
         return None, failed(check, f"{text} cannot be read: {error.strerror}", "correct its owner or mode")
     found = FoundModel(files, spec)
@@ -90,6 +95,19 @@ def check_model(options: JoinOptions, stored: Stored) -> tuple[FoundModel | None
             "give --model the folder that holds the mesh's model",
         )
     return found, passed(check, f"{reference.name} in {files.folder}, the mesh's own, complete")
+
+
+def _from_peers(options: JoinOptions, reference: ModelReference) -> tuple[FoundModel | None, Finding]:
+    """The mesh's model is not in a folder here: what the cache has of it."""
+    known = cache_of(options.state_dir).find(reference.model_id)
+    if known is None or not known[0].holds_files():
+        said = f"{reference.name} is not on this host; join fetches what it needs from other nodes"
+        return None, passed("model", said)
+    files = known[0].read()
+    (view,) = [view for view in survey(cache_of(options.state_dir)) if view.id == reference.model_id]
+    shown = f"{show_bytes(view.cached_bytes)} of {show_bytes(view.weight_bytes)}"
+    spec = model_spec_from_config(files.config, generation_config=files.generation_config)
+    return FoundModel(files, spec), passed("model", f"{reference.name}, {shown} fetched from other nodes")
 
 
 def check_memory(
@@ -209,9 +227,9 @@ def _safetensors_bytes(path: Path) -> int:
 def _id_of(files: ModelFolder, state_dir: Path) -> str:
     """The model's id, with the digests that the state folder remembers; that folder is not written to."""
     with tempfile.TemporaryDirectory(prefix="hexmesh-doctor-") as scratch:
-        if os.access(state_dir / _HASHES, os.R_OK):
-            shutil.copy(state_dir / _HASHES, scratch)
-        return model_id(files, Path(scratch))
+        if os.access(state_dir / HASHES_NAME, os.R_OK):
+            shutil.copy(state_dir / HASHES_NAME, scratch)
+        return local_manifest(files, Path(scratch)).id
 
 
 def _dtype(options: JoinOptions, stored: Stored, devices: Iterable[DeviceSpec]) -> DtypeName:

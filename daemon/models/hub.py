@@ -21,6 +21,8 @@ def download(
     patterns: Sequence[str],
     cache_dir: Path | None,
     progress: Callable[[int, int], None] | None,
+    *,
+    is_local_only: bool = False,
 ) -> Path:
     """The folder of a snapshot with the files that match `patterns`, complete. Blocks.
 
@@ -39,6 +41,7 @@ def download(
                 allow_patterns=list(patterns),
                 ignore_patterns=list(_REDUNDANT_FILES),
                 token=os.environ.get("HF_TOKEN") or False,
+                local_files_only=is_local_only,
                 tqdm_class=_bar_class(progress),
             )
         )

@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-_INDEX = "model.safetensors.index.json"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 _CONFIG_FILES = ("config.json", "generation_config.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _CONVERT = "convert it with transformers: from_pretrained(...).save_pretrained(FOLDER) writes safetensors"
@@ -52,29 +52,36 @@ class ModelFolder:
 
 
 def resolve_model(
-    text: str | None = None, *, cache_dir: Path | None = None, progress: Progress | None = None
+    text: str | None = None,
+    *,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+    is_local_only: bool = False,
 ) -> ModelFolder:
     """The model that `text` names: a folder, a hub id, or None for the one that ships with hexmesh.
 
     Hub files go to `cache_dir`, by default the hub library's own cache (HF_HOME); broken downloads resume.
+    `is_local_only`: nothing is downloaded.
     Raises InvalidInput for what is no model or unknown, NotReady where the hub cannot be reached.
     """
     if text is None:
-        return _read(SHIPPED_MODEL, SHIPPED_NAME, SHIPPED_NAME)
+        return read_folder(SHIPPED_MODEL, SHIPPED_NAME, SHIPPED_NAME)
     folder = Path(text).expanduser()
     if folder.is_dir():
-        return _read(folder, folder.resolve().name, text)
+        return read_folder(folder, folder.resolve().name, text)
     if folder.exists() or not _HUB_ID.fullmatch(text):
         raise InvalidInput(
             f"{text!r} is neither a model folder nor a hub id",
             code="unknown_model",
             next_step="give a folder with config.json and safetensors files, or a hub id such as org/name",
         )
-    wanted = (*_CONFIG_FILES, *TOKENIZER_FILES, _INDEX, "*.safetensors")
-    return _read(download(text, wanted, cache_dir, progress), text.split("/")[1], text)
+    wanted = (*_CONFIG_FILES, *TOKENIZER_FILES, WEIGHTS_INDEX, "*.safetensors")
+    folder = download(text, wanted, cache_dir, progress, is_local_only=is_local_only)
+    return read_folder(folder, text.split("/")[1], text)
 
 
-def _read(folder: Path, name: str, root: str) -> ModelFolder:
+def read_folder(folder: Path, name: str, root: str, *, is_with_weights: bool = True) -> ModelFolder:
+    """The model in a folder. Without weights: config and tokenizer alone. Raises InvalidInput for what is no model."""
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise InvalidInput(
@@ -96,13 +103,16 @@ def _read(folder: Path, name: str, root: str) -> ModelFolder:
         root=root,
         config=_read_object(config_path),
         generation_config=_read_object(generation_path) if generation_path.is_file() else None,
-        files=(*(path for path in small if path.is_file()), *_weight_files(folder, root)),
+        files=(
+            *(path for path in small if path.is_file()),
+            *(_weight_files(folder, root) if is_with_weights else ()),
+        ),
     )
 
 
 def _weight_files(folder: Path, root: str) -> list[Path]:
     """The safetensors files, by name: those of the index if there is one, else all."""
-    index_path = folder / _INDEX
+    index_path = folder / WEIGHTS_INDEX
     if index_path.is_file():
         shards = _read_object(index_path).get("weight_map")
         if not isinstance(shards, dict) or not all(_is_file_name(shard) for shard in shards.values()):

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from daemon.peering.bulk import BulkSocket
 from daemon.peering.connection import FrameConnection, Loss
 from daemon.peering.greeting import LocalPeer, greeting_fault
 from hexmesh.errors import InvalidInput, Refused
@@ -48,6 +49,8 @@ class IncomingOwner(Protocol):
     def limits_of(self, channel: Channel) -> FrameLimits: ...
 
     def on_member(self, incoming: Incoming, hello: PeerHello) -> None: ...
+
+    def on_bulk_member(self, incoming: Incoming) -> None: ...
 
     def on_member_frame(self, incoming: Incoming, frame: Frame) -> None: ...
 
@@ -95,6 +98,11 @@ class Incoming:
     def make_room(self) -> None:
         """Close, for others wait to be heard."""
         self._connection.close(Loss("timeout", "closed before it spoke, to make room for others"))
+
+    def detach(self) -> BulkSocket:
+        """Give a greeted connection away to a thread."""
+        assert self.member is not None
+        return BulkSocket(self.member.node_id, *self._connection.detach())
 
     def answer(self, reply: JoinAccepted | JoinRefused) -> None:
         """The end of the joining dialogue."""
@@ -151,7 +159,10 @@ class Incoming:
         self.channel = message.channel
         self._connection.allow(self._owner.limits_of(message.channel))
         self._say(self._local.hello(message.channel))
-        self._owner.on_member(self, message)
+        if message.channel == "bulk":
+            self._owner.on_bulk_member(self)
+        else:
+            self._owner.on_member(self, message)
 
     def _hear_stranger(self, message: msgspec.Struct) -> None:
         match message:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from daemon.peering.address import Address
+from daemon.peering.bulk import BulkSocket
 from daemon.peering.connection import FrameConnection, Loss, loss_of, prepare_socket
 from daemon.peering.greeting import LocalPeer, greeting_fault
 from daemon.peering.outbox import Outbox, OutboxRules
-from hexmesh.errors import InvalidInput, Refused
+from hexmesh.errors import InvalidInput, Lost, Refused
 from hexmesh.identity.certificates import read_member
 from hexmesh.ids import NodeId, short
 from hexmesh.wire import codec
@@ -225,6 +226,33 @@ class _Call:
             self.greeted.set_result(loss)
         if not self.lost.done():
             self.lost.set_result(loss)
+
+
+async def dial_bulk(
+    local: LocalPeer, context: ssl.SSLContext, node_id: NodeId, address: Address
+) -> BulkSocket:
+    """A greeted bulk connection to exactly that node. Raises Lost or Refused."""
+    call = _Call(node_id, "bulk", address, local)
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            sock = await connect_tcp(address)
+        connection = FrameConnection(sock, context, call, JOIN_LIMITS, is_server=False)
+    except OSError as error:
+        raise Lost(f"{address}: {loss_of(error).message}", code="unreachable") from error
+    try:
+        async with asyncio.timeout(GREET_S):
+            greeted = await call.greeted
+    except BaseException as error:
+        connection.close()
+        if isinstance(error, TimeoutError):
+            raise Lost(f"{address} did not greet in time", code="unreachable") from error
+        raise
+    if isinstance(greeted, Loss):
+        kind = Refused if greeted.kind in ("refused", "tls") else Lost
+        raise kind(f"{address}: {greeted.message}", code="unreachable")
+    if connection.is_closed:
+        raise Lost(f"{address} hung up", code="unreachable")
+    return BulkSocket(node_id, *connection.detach())
 
 
 async def connect_tcp(address: Address) -> socket.socket:

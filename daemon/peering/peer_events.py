@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from daemon.peering.address import Address
+from daemon.peering.bulk import BulkSocket
 from hexmesh.ids import NodeId
 from hexmesh.wire.frames import FrameLimits
 from hexmesh.wire.peering import Channel, JoinAccepted, JoinRefused, JoinRequest
@@ -30,6 +31,7 @@ CHANNELS: dict[Channel, ChannelRules] = {
     ),
     "data": ChannelRules(limits=FrameLimits(), queue_bytes=64 * _MIB, drops_oldest=False),
     "probe": ChannelRules(limits=FrameLimits(payload_bytes=_MIB), queue_bytes=64 * _MIB, drops_oldest=False),
+    "bulk": ChannelRules(limits=FrameLimits(), queue_bytes=0, drops_oldest=False),
 }
 
 
@@ -41,6 +43,7 @@ class PeerEvents:
     peer's first message. `on_peer_down(peer, reason)`: its last connection is gone, or it restarted.
     `on_refused(peer)`: its connections ended and its host answered a redial with "nobody listens", so the
     process is gone. `on_channel_lost(peer, channel, reason)`: messages sent on it may not have arrived.
+    `on_bulk(socket)`: a member opened a bulk connection; the callee serves and closes it. None: none are taken.
     `admit` answers strangers that ask to join; None refuses them all.
     """
 
@@ -49,6 +52,7 @@ class PeerEvents:
     on_peer_down: Callable[[NodeId, str], None] = lambda node_id, reason: None
     on_refused: Callable[[NodeId], None] = lambda node_id: None
     on_channel_lost: Callable[[NodeId, Channel, str], None] = lambda node_id, channel, reason: None
+    on_bulk: Callable[[BulkSocket], None] | None = None
     admit: Callable[[JoinRequest], Awaitable[JoinAccepted | JoinRefused]] | None = None
 
 

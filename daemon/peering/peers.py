@@ -15,18 +15,20 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
+from weakref import WeakSet
 
 import msgspec
 
 from daemon.complaints import Complaints
 from daemon.peering.acceptor import Acceptor
 from daemon.peering.address import Address, bound_address, parse_address
+from daemon.peering.bulk import BulkSocket
 from daemon.peering.connection import Loss, prepare_socket
 from daemon.peering.crowd import oldest_of_the_crowd
 from daemon.peering.greeting import LocalPeer, clock_difference_s
 from daemon.peering.incoming import Incoming
 from daemon.peering.outbox import OutboxRules
-from daemon.peering.outgoing import DialFailure, Outgoing
+from daemon.peering.outgoing import DialFailure, Outgoing, dial_bulk
 from daemon.peering.peer_events import CHANNELS, ChannelRules, PeerEvents, PeerInfo
 from daemon.peering.tls import client_context, server_context
 from hexmesh.errors import Busy, HexmeshError, InvalidInput, Lost
@@ -95,6 +97,7 @@ class PeerNetwork:
         self._removed: set[NodeId] = set()
         self._accepted: dict[Incoming, None] = {}
         """Oldest first."""
+        self._bulk: WeakSet[BulkSocket] = WeakSet()
         self._server_context = server_context(local.tls)
         self._client_context = client_context(local.tls)
         self._group = asyncio.TaskGroup()
@@ -117,6 +120,8 @@ class PeerNetwork:
     ) -> None:
         self._is_open = False
         self._acceptor.close()
+        for bulk in list(self._bulk):
+            bulk.abort()
         for peer in self._peers.values():
             for link in peer.outgoing.values():
                 link.close()
@@ -169,6 +174,9 @@ class PeerNetwork:
 
     def forget(self, node_id: NodeId) -> None:
         """Close everything with a peer and drop what is known of it, without telling; it may come back."""
+        for bulk in list(self._bulk):
+            if bulk.node_id == node_id:
+                bulk.abort()
         peer = self._peers.pop(node_id, None)
         if peer is None:
             return
@@ -181,6 +189,15 @@ class PeerNetwork:
         """Forget a peer and refuse its certificate from now on."""
         self._removed.add(node_id)
         self.forget(node_id)
+
+    async def open_bulk(self, node_id: NodeId) -> BulkSocket:
+        """A connection to a peer for blocking use in a thread; the caller closes it. Raises Lost or Refused."""
+        address = self.address_of(node_id)
+        if not self._is_open or address is None:
+            raise Lost(f"no way to node {short(node_id)} is known", code="unknown_peer")
+        sock = await dial_bulk(self._local, self._client_context, node_id, address)
+        self._bulk.add(sock)
+        return sock
 
     def queued_bytes(self, node_id: NodeId, channel: Channel) -> int:
         """What waits to be sent to a peer."""
@@ -274,6 +291,15 @@ class PeerNetwork:
             older.close()
         self._greeted(peer, hello)
         peer.incoming[incoming.channel] = incoming
+
+    def on_bulk_member(self, incoming: Incoming) -> None:
+        self._accepted.pop(incoming, None)
+        if self._events.on_bulk is None:
+            incoming.close()
+            return
+        sock = incoming.detach()
+        self._bulk.add(sock)
+        self._events.on_bulk(sock)
 
     def on_member_frame(self, incoming: Incoming, frame: Frame) -> None:
         assert incoming.member is not None

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from daemon.views import LinkView, MemberView, RequestView, StatusView
 from hexmesh.ids import short
-from hexmesh.units import show_bit_rate, show_duration
+from hexmesh.units import show_bit_rate, show_bytes, show_duration
 
 _UNLIMITED_COLUMNS = 1000
 _STATE_COLOUR = {"alive": "green", "joining": "cyan", "suspect": "yellow", "failed": "red", "left": "dim"}
@@ -34,6 +34,10 @@ def status_view(status: StatusView, names: Mapping[str, str]) -> RenderableType:
             f"{blocks.free} free, {blocks.used} used, {blocks.cached} cached, {blocks.leased} leased",
         ),
     ]
+    if (weights := status.weights) is not None:
+        left = f", {show_duration(weights.left_s)} left" if weights.left_s is not None else ""
+        fetched = f"{show_bytes(weights.fetched_bytes)} of {show_bytes(weights.needed_bytes)}"
+        facts.append(("weights", f"{fetched} fetched, {show_bytes(weights.bytes_per_s)}/s{left}"))
     if status.blocker is not None:
         facts.append(("blocker", f"{status.blocker.message} ({status.blocker.code})"))
         facts.append(("next step", status.blocker.next_step))

@@ -9,47 +9,36 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from daemon.compute.devices import DeviceSpec, choose_devices
 from daemon.compute.inventory import take_inventory
 from daemon.config import JoinOptions
 from daemon.discovery.libp2p import ensure_identity
-from daemon.models.model_id import model_id
-from daemon.models.model_source import SHIPPED_NAME, ModelFolder, resolve_model
+from daemon.models.mesh_model import Dial, LocalModel, find_model, load_model
 from daemon.peering.address import (
     Address,
     bound_address,
     listen_tcp,
     parse_address,
 )
+from daemon.peering.bulk import BulkSocket
+from daemon.peering.greeting import LocalPeer
 from daemon.peering.listening import listen_host
+from daemon.peering.outgoing import dial_bulk
+from daemon.peering.tls import client_context
 from daemon.trust.admission import found_mesh
 from daemon.trust.attestor import Attestor
 from daemon.trust.joining import Joiner, join_mesh
 from daemon.trust.state import Membership, StateFolder
-from hexmesh.architectures import check_supported
 from hexmesh.cost import default_dtype
 from hexmesh.errors import InvalidInput, Refused
 from hexmesh.identity.certificates import root_sha256
 from hexmesh.identity.keys import NodeKey
 from hexmesh.identity.tokens import JoinToken, parse_token
 from hexmesh.ids import NodeId, short
-from hexmesh.model_spec import ModelSpec, model_spec_from_config
-from hexmesh.units import show_bytes
-from hexmesh.wire.peering import ModelReference
+from hexmesh.wire.peering import MemberAddress
 
 progress = logging.getLogger("hexmesh.progress")
-
-
-@dataclass(frozen=True, slots=True)
-class LocalModel:
-    """The mesh's model with its files here."""
-
-    id: str
-    name: str
-    files: ModelFolder
-    spec: ModelSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,15 +87,15 @@ async def _member(
         memory_bytes=options.memory_bytes,
     )
     if known is not None:
-        membership, model = known, await _find_model(options, known.model)
+        membership, model = known, await _find_model(options, state, key, known)
         progress.info("rejoining mesh %s", short(known.mesh_id), extra={"event": "rejoining"})
     elif options.founds:
-        model = await _load_model(options.model, options)
+        model = await load_model(options.model, options)
         membership = await _found(options, state, key, dht_peer_id, model, devices)
     else:
         membership = await _join(options, key, dht_peer_id, address)
         await asyncio.to_thread(state.save_membership, membership)
-        model = await _find_model(options, membership.model)
+        model = await _find_model(options, state, key, membership)
         progress.info("joined mesh %s", short(membership.mesh_id), extra={"event": "joined"})
     _check_dtype(options, membership)
     return Member(
@@ -129,10 +118,9 @@ async def _found(
     model: LocalModel,
     devices: tuple[DeviceSpec, ...],
 ) -> Membership:
-    reference = ModelReference(name=model.name, model_id=model.id, root=_root_of(model.files))
     dtype = options.dtype or default_dtype(spec.kind for spec in devices)
     now = datetime.now(UTC)
-    membership = await asyncio.to_thread(found_mesh, state, key, dht_peer_id, reference, dtype, now)
+    membership = await asyncio.to_thread(found_mesh, state, key, dht_peer_id, model.reference, dtype, now)
     progress.info(
         "founded mesh %s for model %s in %s",
         short(membership.mesh_id),
@@ -147,7 +135,7 @@ async def _join(options: JoinOptions, key: NodeKey, dht_peer_id: str, address: A
     token = _token(options)
     peer = parse_address(options.peer) if options.peer else None
     progress.info("joining through %s", peer or token.address, extra={"event": "joining"})
-    named = await _load_model(options.model, options) if options.model is not None else None
+    named = await load_model(options.model, options) if options.model is not None else None
     joiner = Joiner(
         key=key,
         dht_peer_id=dht_peer_id,
@@ -158,58 +146,24 @@ async def _join(options: JoinOptions, key: NodeKey, dht_peer_id: str, address: A
     return await join_mesh(joiner, token, peer)
 
 
-async def _find_model(options: JoinOptions, reference: ModelReference) -> LocalModel:
-    """The mesh's model on this host: where --model says, else where the founder has it. Must be the same."""
-    try:
-        model = await _load_model(options.model or reference.root, options)
-    except InvalidInput as error:
-        if options.model is not None:
-            raise
-        raise InvalidInput(
-            f"the mesh's model {reference.name} is not at {reference.root} on this host: {error.message}",
-            code="model_not_here",
-            next_step="copy its folder here and give its place with --model",
-        ) from error
-    if model.id != reference.model_id:
-        raise Refused(
-            f"the model at {model.files.folder} ({short(model.id)}) is not the mesh's "
-            f"{reference.name} ({short(reference.model_id)})",
-            code="model_mismatch",
-            next_step="give --model the folder that holds the mesh's model",
-        )
-    return LocalModel(id=model.id, name=reference.name, files=model.files, spec=model.spec)
+async def _find_model(
+    options: JoinOptions, state: StateFolder, key: NodeKey, membership: Membership
+) -> LocalModel:
+    others = [member for member in membership.members if member.node_id != key.node_id]
+    return await find_model(options, membership.model, others, _dialler(options, state, key, membership))
 
 
-async def _load_model(text: str | None, options: JoinOptions) -> LocalModel:
-    """Find the model's files and judge its architecture before anything else is done with it."""
-    source = None if text in (None, SHIPPED_NAME) else text
-    files = await asyncio.to_thread(resolve_model, source, progress=DownloadProgress())
-    check_supported(files.config)
-    spec = model_spec_from_config(files.config, generation_config=files.generation_config)
-    digest = await asyncio.to_thread(model_id, files, options.state_dir)
-    return LocalModel(id=digest, name=options.served_name or files.name, files=files, spec=spec)
-
-
-class DownloadProgress:
-    """Logs a download at each tenth; called from the download's threads."""
-
-    def __init__(self) -> None:
-        self._told_tenths = -1
-
-    def __call__(self, n_done_bytes: int, n_total_bytes: int) -> None:
-        tenths = 10 * n_done_bytes // max(1, n_total_bytes)
-        if tenths > self._told_tenths:
-            self._told_tenths = tenths
-            progress.info(
-                "downloading the model: %s of %s", show_bytes(n_done_bytes), show_bytes(n_total_bytes)
-            )
-
-
-def _root_of(files: ModelFolder) -> str:
-    """The model as other hosts should look for it: an absolute folder, or a name that means the same everywhere."""
-    return (
-        str(Path(files.root).expanduser().resolve()) if Path(files.root).expanduser().is_dir() else files.root
+def _dialler(options: JoinOptions, state: StateFolder, key: NodeKey, membership: Membership) -> Dial:
+    """Bulk connections to members, before there is a network."""
+    local = LocalPeer(
+        node_id=NodeId(key.node_id), boot=1, name=options.name, address="", tls=state.tls_files(membership)
     )
+
+    async def dial(member: MemberAddress) -> BulkSocket:
+        context = client_context(local.tls)
+        return await dial_bulk(local, context, NodeId(member.node_id), parse_address(member.address))
+
+    return dial
 
 
 def _token(options: JoinOptions) -> JoinToken:

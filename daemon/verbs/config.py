@@ -19,6 +19,7 @@ from hexmesh.errors import InvalidInput
 from hexmesh.units import show_bytes
 
 _SECRETS = ("token",)
+_SIZES = ("memory", "weights_cache")
 _MASKED = "(hidden)"
 
 
@@ -111,7 +112,7 @@ def _value(
         return _MASKED if chosen.get(name) else None
     if options is None:
         return texts.get(name) or (str(default_state_dir(os.environ)) if name == "state_dir" else None)
-    value = getattr(options, "memory_bytes" if name == "memory" else name)
+    value = getattr(options, f"{name}_bytes" if name in _SIZES else name)
     if isinstance(value, tuple):
         return ",".join(str(item) for item in value)
     return str(value) if isinstance(value, Path) else value
@@ -132,7 +133,7 @@ def _shown(name: str, value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return "true" if value else "false"
-    return show_bytes(value) if name == "memory" and isinstance(value, int) else str(value)
+    return show_bytes(value) if name in _SIZES and isinstance(value, int) else str(value)
 
 
 def _place(origin: Mapping[str, str | None]) -> str:

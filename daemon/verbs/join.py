@@ -37,7 +37,8 @@ _BY_PRECEDENCE = (
 @click.command()
 @flag(
     "--model",
-    "When founding: a folder or Hub id. Default: the small model that ships with hexmesh.",
+    "A folder or Hub id. Default: when founding, the small model that ships with hexmesh; when joining, the "
+    "mesh's model, fetched from peers where it is not on this host.",
     metavar="M",
 )
 @flag("--served-name", "When founding: the model's name for clients.", metavar="S")
@@ -50,6 +51,11 @@ _BY_PRECEDENCE = (
 @flag("--threads", "Compute threads of each CPU device.", metavar="N")
 @flag("--cpu-affinity", "CPUs to run on, such as 0,1 or 0-3.", metavar="CPUS")
 @flag("--memory", "Budget on each device for weights, KV pool and workspace, such as 2GiB.", metavar="SIZE")
+@flag(
+    "--weights-cache",
+    "Cap of the weights fetched from peers, kept in the state folder. Default: 80 % of what is free for them.",
+    metavar="SIZE",
+)
 @flag("--dtype", "float32, bfloat16 or float16. Default: the model's.", metavar="T")
 @flag("--min-nodes", "No first plan before N nodes are alive. Default: 1.", metavar="N")
 @flag("--state-dir", "Identity and membership. Default: ~/.local/state/hexmesh.", metavar="DIR")

@@ -40,6 +40,7 @@ class AdminRoutes:
             Route("GET", "/version", "open", version),
             Route("GET", "/metrics", "open", self.metrics),
             *(Route("GET", f"/admin/{verb}", "api", _reader(read)) for verb, read in reads.items()),
+            Route("GET", "/admin/models", "api", self.models),
             Route("POST", "/admin/token", "admin", self.create_token),
             Route("POST", "/admin/replan", "admin", self.replan),
             Route("POST", "/admin/leave", "admin", self.leave),
@@ -57,6 +58,9 @@ class AdminRoutes:
         if not readiness.ready:
             response.headers[hdrs.RETRY_AFTER] = "2"
         return response
+
+    async def models(self, request: web.Request) -> web.Response:
+        return _json(await self._service.models())
 
     async def metrics(self, request: web.Request) -> web.Response:
         return exposition(self._service.registry, accept=request.headers.get(hdrs.ACCEPT, ""))

@@ -9,10 +9,12 @@ from contextlib import aclosing
 from prometheus_client import CollectorRegistry
 
 from daemon.gateway import Gateway
+from daemon.models.node_weights import NodeWeights
 from daemon.orders import NodeOrders
 from daemon.snapshot import MeshState
 from daemon.trust.admission import Admission
 from daemon.views import (
+    CachedModelView,
     Issued,
     LinkView,
     MemberView,
@@ -35,6 +37,7 @@ class NodeService:
         *,
         model: ServedModel,
         state: MeshState,
+        weights: NodeWeights,
         gateway: Gateway,
         admission: Admission,
         orders: NodeOrders,
@@ -43,6 +46,7 @@ class NodeService:
     ) -> None:
         self._model = model
         self._state = state
+        self._weights = weights
         self._gateway = gateway
         self._admission = admission
         self._orders = orders
@@ -92,6 +96,9 @@ class NodeService:
 
     def plan(self) -> PlanView:
         return self._state.plan()
+
+    async def models(self) -> list[CachedModelView]:
+        return await asyncio.to_thread(self._weights.models)
 
     async def create_token(self, *, ttl_s: float, uses: int) -> Issued:
         return await asyncio.to_thread(self._admission.create_token, ttl_s=ttl_s, uses=uses)

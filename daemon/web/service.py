@@ -9,6 +9,7 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry
 
 from daemon.views import (
+    CachedModelView,
     Issued,
     LinkView,
     MemberView,
@@ -97,6 +98,8 @@ class MeshService(Protocol):
     def requests(self) -> list[RequestView]: ...
 
     def plan(self) -> PlanView: ...
+
+    async def models(self) -> list[CachedModelView]: ...
 
     async def create_token(self, *, ttl_s: float, uses: int) -> Issued: ...
 

@@ -227,6 +227,10 @@ class Coordination:
         self._host.on_failure(epoch, reason, now_s)
         return self._finish_own_report(now_s)
 
+    def prepare_fetched(self, n_bytes: int) -> None:
+        """So many bytes of weights came for what is being prepared; the next ack tells it."""
+        self._host.slots.note_fetched(n_bytes)
+
     def drained(self, epoch: Epoch, now_s: float) -> list[Output]:
         """The last sequence of a draining epoch ended."""
         self._host.slots.note_drained(epoch)

@@ -43,6 +43,7 @@ class Prepared:
     named: NamedPlan
     is_ready: bool = False
     failure: str | None = None
+    fetched_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,10 @@ class EpochSlots:
         self.prepared.is_ready = True
         self.prepared.failure = None
         return True
+
+    def note_fetched(self, n_bytes: int) -> None:
+        if self.prepared is not None:
+            self.prepared.fetched_bytes = n_bytes
 
     def note_failure(self, epoch: Epoch, reason: str) -> bool:
         if self.prepared is None or self.prepared.named.epoch != epoch or self.prepared.is_ready:
@@ -184,6 +189,7 @@ class EpochSlots:
             prepared=None if prepared is None else prepared.named.epoch,
             is_ready=prepared is not None and prepared.is_ready,
             failure=None if prepared is None else prepared.failure,
+            fetched_bytes=0 if prepared is None else prepared.fetched_bytes,
             draining=None if self.draining is None else self.draining.epoch,
             complaint=self.complaint,
             is_leaving=is_leaving,

@@ -66,6 +66,14 @@ class Preparing:
 
 
 @dataclass(frozen=True, slots=True)
+class Fetch:
+    """What a host has fetched for `prep`, and when that grew last."""
+
+    n_bytes: int
+    grew_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     request_id: int
     hosts: dict[str, int]
@@ -117,6 +125,8 @@ class Planner:
         self._last_impossible: dict[str, int] | None = None
         self._forced: str | None = None
         self._complaints: dict[tuple[str, Epoch], int] = {}
+        self._fetches: dict[str, Fetch] = {}
+        self._prep_due_s = float("inf")
         self.cur: Decided | None = None
         self.prep: Preparing | None = None
         self.reason: str | None = None
@@ -154,7 +164,7 @@ class Planner:
 
     def next_wakeup_s(self, now_s: float) -> float:
         """When time alone may change something."""
-        wakeup_s = float("inf") if self.prep is None else self.prep.until_s
+        wakeup_s = float("inf") if self.prep is None else self._prep_due_s
         if self._unanswered_since_s is not None:
             wakeup_s = min(wakeup_s, self._unanswered_since_s + self._timers.plan_deadline_s)
         return min(wakeup_s, self._settle.next_wakeup_s(now_s))
@@ -203,13 +213,23 @@ class Planner:
             self.cur = Decided(named, self._notary.certify(named.epoch, named.digest))
             self.prep = None
             return False
-        if now_s < prep.until_s:
+        deadlines = {node: self._deadline_s(node, now.reports[node], prep, now_s) for node in unready}
+        self._prep_due_s = min(deadlines.values())
+        late = [node for node, deadline_s in deadlines.items() if now_s >= deadline_s]
+        if not late:
             return False
-        for node in unready:
-            reason = f"not ready in {prep.until_s - prep.since_s:.0f} s"
+        for node in late:
+            reason = f"not ready in {now_s - prep.since_s:.0f} s"
             self._quarantine.put(node, named.hosts[node], reason, now_s)
         self.prep = None
         return True
+
+    def _deadline_s(self, node: str, report: Report, prep: Preparing, now_s: float) -> float:
+        """When an unready host is late: a fetch of weights that goes on, however slowly, puts it off."""
+        fetch = self._fetches.get(node, Fetch(0, -float("inf")))
+        if report.prepared == prep.named.epoch and report.fetched_bytes > fetch.n_bytes:
+            fetch = self._fetches[node] = Fetch(report.fetched_bytes, now_s)
+        return max(prep.until_s, fetch.grew_at_s + self._timers.prep_timeout_s)
 
     def _quarantine_failed(self, now: Situation, now_s: float) -> bool:
         """Hosts that cannot load the plan they should have; True if there are any."""
@@ -355,6 +375,7 @@ class Planner:
         named = NamedPlan(epoch=epoch, digest=plan.digest, hosts=plan.hosts, plan=plan.plan, idle=plan.idle)
         limit_s = self._timers.prep_limit_s(plan.load_estimate_s)
         self.prep = Preparing(named, request.reason, now_s, now_s + limit_s)
+        self._fetches, self._prep_due_s = {}, now_s + limit_s
         self.reason = request.reason
 
     def void_request(self) -> None:

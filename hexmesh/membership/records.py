@@ -79,6 +79,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     capabilities: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=64)] = ()
     devices: Annotated[tuple[DeviceFacts, ...], msgspec.Meta(max_length=64)] = ()
     """Empty until they are measured: a node without devices takes no part in plans."""
+    has_all_weights: bool = True
+    """Whether the whole model is in a folder there; else it fetches its stages' tensors from others."""
     links: Annotated[tuple[LinkFacts, ...], msgspec.Meta(max_length=1024)] = ()
     availability: Availability = "active"
 

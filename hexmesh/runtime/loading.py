@@ -80,8 +80,19 @@ class StageDraft:
         )
 
 
+def name_tensors(order: LoadStage, device: torch.device) -> list[str]:
+    """The checkpoint's tensors that this stage takes; they need not be here. Raises Refused or InvalidInput."""
+    return list(_cut(order, device).wanted)
+
+
 def draft_stage(order: LoadStage, device: torch.device) -> StageDraft:
     """Check everything that can be checked without reading weights. Raises Refused or InvalidInput."""
+    draft = _cut(order, device)
+    draft.checkpoint.check_files(draft.wanted)
+    return draft
+
+
+def _cut(order: LoadStage, device: torch.device) -> StageDraft:
     model_dir = Path(order.model_dir)
     check_supported(read_config(model_dir))
     if order.block_tokens < 1 or order.kv_blocks < 1:
@@ -94,7 +105,6 @@ def draft_stage(order: LoadStage, device: torch.device) -> StageDraft:
     set_parameter_dtype(model, dtype)
     keys = KeyMap(model)
     wanted = tuple(key for key in checkpoint.keys if keys.target(key) is not None)
-    checkpoint.check_files(wanted)
     part_bytes = {name: _parameter_bytes(cut.part(name)) for name in cut.paths}
     return StageDraft(
         order=order,

@@ -11,6 +11,7 @@ from hexmesh.wire.control import CONTROL_MESSAGE, ControlMessage
 from hexmesh.wire.data import DATA_MESSAGE
 from hexmesh.wire.frames import DEFAULT_LIMITS, Buffer, FrameLimits, frame_parts
 from hexmesh.wire.peering import PEERING_MESSAGE
+from hexmesh.wire.weights import BULK_ANSWER, BULK_QUESTION
 from hexmesh.wire.worker import WORKER_REPLY, WORKER_REQUEST
 
 M = TypeVar("M", bound=msgspec.Struct)
@@ -51,11 +52,15 @@ DataMessage = DATA_MESSAGE
 PeeringMessage = PEERING_MESSAGE
 WorkerRequest = WORKER_REQUEST
 WorkerReply = WORKER_REPLY
+BulkQuestion = BULK_QUESTION
+BulkAnswer = BULK_ANSWER
 
 CONTROL: Codec[ControlMessage] = Codec(CONTROL_MESSAGE, name="control")
 DATA: Codec[DataMessage] = Codec(DATA_MESSAGE, name="data")
 PEERING: Codec[PeeringMessage] = Codec(PEERING_MESSAGE, name="peering")
 WORKER_REQUESTS: Codec[WorkerRequest] = Codec(WORKER_REQUEST, name="worker request")
 WORKER_REPLIES: Codec[WorkerReply] = Codec(WORKER_REPLY, name="worker reply")
+BULK_QUESTIONS: Codec[BulkQuestion] = Codec(BULK_QUESTION, name="bulk question")
+BULK_ANSWERS: Codec[BulkAnswer] = Codec(BULK_ANSWER, name="bulk answer")
 MEMBER: Codec[ControlMessage | DataMessage] = Codec(CONTROL_MESSAGE | DATA_MESSAGE, name="member")
 """Everything that members send each other once both have said PeerHello."""

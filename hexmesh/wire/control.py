@@ -75,6 +75,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     prepared: Epoch | None = None
     is_ready: bool = False
     failure: str | None = None
+    fetched_bytes: int = 0
+    """Weights fetched for `prepared` so far: while this grows, getting ready may take longer."""
     draining: Epoch | None = None
     complaint: Complaint | None = None
     is_leaving: bool = False

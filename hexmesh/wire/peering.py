@@ -20,7 +20,8 @@ MAX_CLOCK_DIFFERENCE_S = 3.0
 JOIN_LIMITS = FrameLimits(header_bytes=64 * 1024, payload_bytes=0)
 JOIN_REPLY_LIMITS = FrameLimits(header_bytes=1024 * 1024, payload_bytes=0)
 
-Channel = Literal["control", "data", "probe"]
+Channel = Literal["control", "data", "probe", "bulk"]
+"""On "bulk" the dialling side asks and the accepting side answers (`hexmesh.wire.weights`); nothing else goes there."""
 
 MAX_TEXT = 256
 _PRINTABLE = r"\A[^\x00-\x1f\x7f-\x9f]*\Z"

@@ -37,6 +37,17 @@ class LoadStage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Room for everything this worker holds."""
 
 
+class NameTensors(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Which of the checkpoint's tensors would loading that stage take? Nothing is loaded."""
+
+    order: LoadStage
+
+
+class TensorsNamed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    stage: str
+    names: list[str]
+
+
 class StageLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The stage can run steps. `pool_deferred`:
 
@@ -108,5 +119,5 @@ class DeviceMeasured(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     name: str
 
 
-WORKER_REQUEST = LoadStage | DropStage | RunStep | MeasureDevice
-WORKER_REPLY = StageLoaded | StageFailed | StepDone | StepFailed | DeviceMeasured
+WORKER_REQUEST = LoadStage | NameTensors | DropStage | RunStep | MeasureDevice
+WORKER_REPLY = StageLoaded | TensorsNamed | StageFailed | StepDone | StepFailed | DeviceMeasured

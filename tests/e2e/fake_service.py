@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 import hexmesh
 from daemon.views import (
     Blocker,
+    CachedModelView,
     Issued,
     KvBlocksView,
     LinkView,
@@ -168,6 +169,9 @@ class FakeService:
             requests_waiting=0,
             kv_blocks=KvBlocksView(free=4, used=3, cached=2, leased=1),
         )
+
+    async def models(self) -> list[CachedModelView]:
+        return []
 
     def members(self) -> list[MemberView]:
         return [

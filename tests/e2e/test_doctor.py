@@ -30,7 +30,7 @@ from daemon.doctor.model_check import planners_costs
 from daemon.doctor.packages import Wanted, is_within, read_wanted
 from daemon.doctor.reverse import judge
 from daemon.doctor.torch_probe import Torch, probe_torch
-from daemon.models.model_id import model_id
+from daemon.models.manifests import local_manifest
 from daemon.models.model_source import SHIPPED_MODEL, SHIPPED_NAME, resolve_model
 from daemon.peering.address import LOOPBACK, bound_address, listen_tcp
 from daemon.peering.greeting import LocalPeer
@@ -62,7 +62,7 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> ModelReference:
     """The shipped model as a mesh names it."""
-    digest = model_id(resolve_model(), tmp_path_factory.mktemp("hashes"))
+    digest = local_manifest(resolve_model(), tmp_path_factory.mktemp("hashes")).id
     return ModelReference(name=SHIPPED_NAME, model_id=digest, root=SHIPPED_NAME)
 
 
@@ -124,6 +124,16 @@ def test_a_sound_member_passes(tmp_path: Path, shipped: ModelReference) -> None:
         "listen address": "warn",
         **dict.fromkeys(("clock", "peer", "reverse reach", "model cache"), "not-run"),
     }
+
+
+def test_a_model_that_is_not_on_this_host_is_to_be_fetched(tmp_path: Path, shipped: ModelReference) -> None:
+    member(tmp_path / "s", msgspec.structs.replace(shipped, root="/nowhere/model"))
+    findings = examine(options(tmp_path / "s"), world())
+
+    assert mend_first(findings) is None
+    (model,) = [finding for finding in findings if finding.check == "model"]
+    assert model.outcome == "pass"
+    assert "fetches what it needs from other nodes" in model.finding
 
 
 def test_nothing_in_the_state_folder_changes(tmp_path: Path, shipped: ModelReference) -> None:

@@ -16,15 +16,18 @@ from typing import Any
 
 import pytest
 
-from daemon.models.model_id import model_id
+from daemon.models import manifests
+from daemon.models.manifests import local_manifest
 from daemon.models.model_source import SHIPPED_MODEL, SHIPPED_NAME, resolve_model
 from hexmesh.errors import InvalidInput
+from hexmesh.weights.safetensors_format import single_tensor_header
+from tests.golden.tiny_models import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "c0ffee" * 6 + "c0ff"
 HUB_ID = "tiny-org/tiny-model"
 CONFIG = {"model_type": "llama", "eos_token_id": 1}
-WEIGHTS = bytes(range(256)) * 4096  # 1 MiB
+WEIGHTS = single_tensor_header("a", "U8", (2**20,), 2**20) + bytes(range(256)) * 4096
 FILES = {
     "config.json": json.dumps(CONFIG).encode(),
     "generation_config.json": b'{"eos_token_id": [1, 2]}',
@@ -336,43 +339,68 @@ def test_what_is_neither_a_folder_nor_a_hub_id(
 def test_the_id_is_of_the_contents_alone(tmp_path: Path) -> None:
     first = resolve_model(str(_folder(tmp_path / "one")))
     second = resolve_model(str(_folder(tmp_path / "two", README__md=b"ignored")))
-    ids = [model_id(model, tmp_path / f"cache{index}") for index, model in enumerate((first, second))]
+    ids = [
+        local_manifest(model, tmp_path / f"cache{index}").id for index, model in enumerate((first, second))
+    ]
     assert ids[0] == ids[1]
     assert len(ids[0]) == 64
 
 
 @pytest.mark.parametrize("changed", sorted(WANTED))
 def test_the_id_changes_with_every_file(tmp_path: Path, changed: str) -> None:
-    before = model_id(resolve_model(str(_folder(tmp_path / "one"))), tmp_path)
+    before = local_manifest(resolve_model(str(_folder(tmp_path / "one"))), tmp_path).id
     data = FILES[changed][:-1] + b" }" if changed.endswith(".json") else FILES[changed][:-1] + b"\x01"
     folder = _folder(tmp_path / "two", **{changed.replace(".", "__"): data})
-    assert model_id(resolve_model(str(folder)), tmp_path) != before
+    assert local_manifest(resolve_model(str(folder)), tmp_path).id != before
+
+
+def test_the_id_does_not_depend_on_how_the_tensors_are_cut_into_files(tmp_path: Path) -> None:
+    save_tiny_model("llama", tmp_path / "one")
+    save_tiny_model("llama", tmp_path / "many", max_shard_size="100KB")
+    for folder in ("one", "many"):
+        (tmp_path / folder / "tokenizer.json").write_text("{}")
+    one, many = (resolve_model(str(tmp_path / folder)) for folder in ("one", "many"))
+    assert len(many.files) > len(one.files) + 2
+    assert local_manifest(one, tmp_path / "a") == local_manifest(many, tmp_path / "b")
 
 
 def test_a_second_start_reads_only_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = resolve_model(str(_folder(tmp_path / "one")))
     read: list[str] = []
-    real_digest = hashlib.file_digest
+    real_hash = manifests.hash_chunk
 
-    def counted(file: Any, name: str) -> Any:
-        read.append(Path(file.name).name)
-        return real_digest(file, name)
+    def counted(path: Path, start: int, n_bytes: int) -> bytes:
+        read.append(path.name)
+        return real_hash(path, start, n_bytes)
 
-    monkeypatch.setattr(hashlib, "file_digest", counted)
+    monkeypatch.setattr(manifests, "hash_chunk", counted)
     cache = tmp_path / "cache"
-    first = model_id(model, cache)
+    first = local_manifest(model, cache)
     assert sorted(read) == sorted(WANTED)
     read.clear()
-    assert model_id(model, cache) == first
+    assert local_manifest(model, cache) == first
     assert read == []
     (model.folder / "model.safetensors").write_bytes(WEIGHTS[:-1] + b"\x01")
-    assert model_id(model, cache) != first
+    assert local_manifest(model, cache).id != first.id
     assert read == ["model.safetensors"]
 
 
 def test_a_spoilt_cache_is_only_a_slow_start(tmp_path: Path) -> None:
     model = resolve_model(str(_folder(tmp_path / "one")))
-    first = model_id(model, tmp_path)
+    first = local_manifest(model, tmp_path)
     for spoilt in (b"", b"[1]", b'{"x": 3}', b"\xff"):
-        (tmp_path / "file_hashes.json").write_bytes(spoilt)
-        assert model_id(model, tmp_path) == first
+        (tmp_path / manifests.HASHES_NAME).write_bytes(spoilt)
+        assert local_manifest(model, tmp_path) == first
+
+
+def test_a_tensor_that_the_index_names_and_no_file_has_is_an_error(tmp_path: Path) -> None:
+    index = b'{"weight_map": {"a": "model.safetensors", "b": "model.safetensors"}}'
+    model = resolve_model(str(_folder(tmp_path / "one", model__safetensors__index__json=index)))
+    with pytest.raises(InvalidInput, match="lacks tensor b"):
+        local_manifest(model, tmp_path)
+
+
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path) -> None:
+    model = resolve_model(str(_folder(tmp_path / "one", model__safetensors=WEIGHTS[:-5])))
+    with pytest.raises(InvalidInput, match=r"model\.safetensors is damaged: tensor a lies outside"):
+        local_manifest(model, tmp_path)

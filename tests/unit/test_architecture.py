@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": FOUNDATION,
     "architectures": FOUNDATION,
     "identity": FOUNDATION,
+    "weights": FOUNDATION,
     "plan": FACTS,
     "cost": FACTS | {"plan"},
     "serving": FACTS | {"plan", "wire"},

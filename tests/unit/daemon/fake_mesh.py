@@ -21,6 +21,7 @@ import msgspec
 
 from daemon.epochs import Epochs
 from daemon.gateway import Gateway, Route
+from daemon.models.node_weights import NodeWeights
 from daemon.pipeline import ReplicaDriver
 from daemon.stages import ModelFiles, StageHost
 from daemon.web.service import GenerationRequest
@@ -116,6 +117,15 @@ class FakeWorker:
         return [SampledToken(token_id=next_token(seen))]
 
 
+class WholeModel:
+    """Of `NodeWeights`: the model is in a folder here."""
+
+    is_whole = True
+
+    def release(self, stage: str) -> None:
+        pass
+
+
 @dataclass
 class FakeNode:
     """One node's parts, wired as the daemon wires them."""
@@ -139,6 +149,7 @@ class FakeNode:
             courier=self,
             group=self.mesh.group,
             files=ModelFiles("", ""),
+            weights=cast(NodeWeights, WholeModel()),
             budgets={0: 0},
             worker_of=self.find_worker,
             admit=self.admit,

@@ -352,6 +352,45 @@ def test_hosts_that_are_not_ready_in_time_are_quarantined_for_a_while() -> None:
     assert puppet.outputs(PlanWanted)[-1].hosts.keys() == {ME, "a", "b"}
 
 
+def test_a_host_whose_fetch_goes_on_has_more_time_and_one_that_hangs_has_not() -> None:
+    puppet, mine, made = preparing("a", "b")
+    for n_bytes in (10, 20, 30):
+        puppet.wait(TIMERS.prep_timeout_s - 2, "a", "b")
+        puppet.ack("a", mine, Report(prepared=made, fetched_bytes=n_bytes))
+        if n_bytes == 10:
+            puppet.ack("b", mine, Report(prepared=made, is_ready=True))
+        assert puppet.outputs(PlanWanted) == []
+        assert puppet.machine.next_wakeup_s(puppet.now_s) > puppet.now_s
+    puppet.wait(TIMERS.prep_timeout_s - 1, "a", "b")
+    assert puppet.outputs(PlanWanted) == []
+    puppet.wait(2, "a", "b")
+    (wanted,) = puppet.outputs(PlanWanted)
+    assert wanted.excluded == {"a": "not ready in 26 s"}
+
+
+def test_a_fetch_elsewhere_gives_a_silent_host_no_time() -> None:
+    puppet, mine, made = preparing("a", "b")
+    puppet.wait(TIMERS.prep_timeout_s - 1, "a", "b")
+    puppet.ack("a", mine, Report(prepared=made, fetched_bytes=10))
+    puppet.wait(2, "a", "b")
+    (wanted,) = puppet.outputs(PlanWanted)
+    assert wanted.excluded == {"b": "not ready in 8 s"}
+
+
+def test_the_coordinators_own_fetch_is_waited_for_too() -> None:
+    puppet = Puppet()
+    mine = puppet.hold("a")
+    puppet.plan(wanted_plan(puppet))
+    (start,) = puppet.outputs(StartPrepare)
+    puppet.ack("a", mine, Report(prepared=start.epoch, is_ready=True))
+    puppet.wait(TIMERS.prep_timeout_s - 1, "a")
+    puppet.machine.prepare_fetched(10)
+    puppet.wait(TIMERS.prep_timeout_s - 1, "a")
+    assert puppet.outputs(PlanWanted) == []
+    puppet.ready(start.epoch)
+    assert puppet.machine.committed == start.epoch
+
+
 def test_a_host_that_cannot_load_is_quarantined_at_once() -> None:
     puppet, mine, made = preparing("a")
     puppet.ack("a", mine, Report(prepared=made, failure="needs 3 bytes, 2 free"))
