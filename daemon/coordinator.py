@@ -153,14 +153,15 @@ class CoordinationLoop:
         self._feed(self.machine.leave(self._loop.time()))
 
     def admit(self, step: Step) -> Admission:
-        """H6: whether this step may run here. Rows from position 0 open a sequence."""
-        opens = any(row.start == 0 for row in step.rows)
+        """H6: whether this step may run here, after its certificate has done what it may.
+
+        New sequences are the driver's to admit (`admits_new`): to a stage, which keeps none, one in a draining epoch is
+        as good as another, and the driver may not have heard of the next plan yet.
+        """
+        if step.cert is not None:
+            self.learn_cert(step.cert)
         verdict = self.machine.admit_epoch(
-            step.epoch,
-            known_epoch=None if opens else step.epoch,
-            k=1 if opens else 2,
-            cert=step.cert,
-            now_s=self._loop.time(),
+            step.epoch, known_epoch=step.epoch, k=1, cert=None, now_s=self._loop.time()
         )
         self._feed(verdict.outputs)
         return verdict
@@ -169,6 +170,10 @@ class CoordinationLoop:
         """Whether a new sequence may be opened in `epoch` here."""
         verdict = self.machine.admit_epoch(epoch, known_epoch=None, k=1, cert=None, now_s=self._loop.time())
         return isinstance(verdict, Accepted)
+
+    def hears(self, node: str) -> bool:
+        """Whether `node` and this host heard each other lately."""
+        return self.machine.hears(node, self._loop.time())
 
     def learn_cert(self, cert: Cert) -> None:
         """A certificate that came with a refusal."""

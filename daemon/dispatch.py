@@ -40,6 +40,7 @@ from hexmesh.wire.data import (
     GenerateCancel,
     Generated,
     GenerateFailed,
+    ReplicaIdle,
     ReplicaStats,
     Step,
     StepRefused,
@@ -113,6 +114,8 @@ class Dispatcher:
             case GenerateCancel():
                 for driver in self.epochs.drivers():
                     driver.cancel(known)
+            case ReplicaIdle():
+                self.epochs.on_idle(known)
             case ReplicaStats():
                 self.on_stats(known)
             case Facts():
@@ -147,7 +150,7 @@ class Dispatcher:
     def _sender_fault(self, src: str, message: PeerMessage) -> str | None:
         """Why `src` may not say this; a lie is dropped here, before any part acts on it."""
         match message:
-            case Step() | StepResult() | StepRefused() | ReplicaStats():
+            case Step() | StepResult() | StepRefused() | ReplicaIdle() | ReplicaStats():
                 return sender_fault(src, message, self.epochs.plan(message.epoch))
             case Generate() | GenerateCancel():
                 return sender_fault(src, message, None)
@@ -177,7 +180,7 @@ class Dispatcher:
 
     def _on_generate(self, src: str, message: Generate) -> None:
         driver = self.epochs.driver(message.epoch, message.replica)
-        if driver is not None and self.coordination.admits_new(message.epoch):
+        if driver is not None and self.coordination.admits_new(driver.epoch):
             driver.submit(src, message, time.monotonic())
             return
         failed = GenerateFailed(

@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Set
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Mapping, Set
+from dataclasses import dataclass, field, replace
 
 from daemon.courier import Courier
 from daemon.web.service import GenerationPart, GenerationRequest
 from hexmesh.errors import Busy, Closed, HexmeshError, InvalidInput, NotReady, TimedOut
+from hexmesh.serving.watchdog import LOOK_S, SUSPECT_S, Patience
 from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import Generate, GenerateCancel, Generated, GenerateFailed
 
@@ -23,6 +24,8 @@ log = logging.getLogger("hexmesh.gateway")
 
 SILENCE_S = 60.0
 """A driver that sends nothing for so long is given up, and the request is tried again."""
+LOOK_FOR_ROUTE_S = 0.25
+"""A route may come back without any news: when a node that was not heard for a while is heard again."""
 RETRY_PAUSE_S = 0.02
 MAX_RETRY_PAUSE_S = 0.5
 _SPARE_MESSAGES = 16
@@ -74,12 +77,14 @@ class Gateway:
         route: Callable[[Set[tuple[Epoch, str]]], Route | None],
         blocker: Callable[[], HexmeshError],
         on_recovered: Callable[[], None],
+        is_heard: Callable[[str], bool],
     ) -> None:
         self._courier = courier
         """`route` gives where a request goes now; rather not to replicas of the set it is given."""
         self._route = route
         self._blocker = blocker
         self._on_recovered = on_recovered
+        self._is_heard = is_heard
         self._flights: dict[str, Flight] = {}
         self._routes_changed = asyncio.Event()
 
@@ -112,6 +117,14 @@ class Gateway:
             if flight.route is not None and node in flight.route.nodes:
                 flight.inbox.put_nowait(self._give_up(flight, reason, retry=True))
         self.routes_changed()
+
+    def carried_over(self, old: Epoch, new: Epoch, replicas: Mapping[str, str]) -> None:
+        """What runs in replicas that a new plan leaves as they are (new id -> old id) runs in the new one."""
+        ids = {old_id: new_id for new_id, old_id in replicas.items()}
+        for flight in self._flights.values():
+            route = flight.route
+            if route is not None and route.epoch == old and route.replica in ids:
+                flight.route = replace(route, epoch=new, replica=ids[route.replica])
 
     def link_lost(self, node: str, reason: str) -> None:
         """A connection was cut: tokens from a driver there may be lost."""
@@ -187,12 +200,13 @@ class Gateway:
         while (route := self._route(flight.failed)) is None:
             if flight.attempt == 0:
                 raise self._blocker()
+            left_s = flight.deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise self._too_late(flight)
             changed = self._routes_changed
-            try:
-                async with asyncio.timeout(max(0.0, flight.deadline_s - time.monotonic())):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(LOOK_FOR_ROUTE_S, left_s)):
                     await changed.wait()
-            except TimeoutError:
-                raise self._too_late(flight) from None
         return route
 
     async def _parts(self, flight: Flight) -> AsyncGenerator[GenerationPart, None]:
@@ -226,15 +240,24 @@ class Gateway:
                 return
 
     async def _next_message(self, flight: Flight) -> Generated | GenerateFailed:
-        left_s = flight.deadline_s - time.monotonic()
-        try:
-            async with asyncio.timeout(min(SILENCE_S, max(0.0, left_s))):
-                return await flight.inbox.get()
-        except TimeoutError:
-            if left_s <= SILENCE_S:
-                raise self._too_late(flight) from None
+        patience = Patience(SILENCE_S, time.monotonic())
+        while not patience.is_over:
+            left_s = flight.deadline_s - time.monotonic()
+            if left_s <= 0:
+                raise self._too_late(flight)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(LOOK_S, left_s)):
+                    return await flight.inbox.get()
+            patience.spend(time.monotonic())
+            if patience.spent_s >= SUSPECT_S and not self._driver_is_heard(flight):
+                self._cancel_at_driver(flight)
+                return self._give_up(flight, "its driver's node is not heard", retry=True)
         self._cancel_at_driver(flight)
         return self._give_up(flight, f"its driver was silent for {SILENCE_S:.0f} s", retry=True)
+
+    def _driver_is_heard(self, flight: Flight) -> bool:
+        assert flight.route is not None
+        return flight.route.driver == self._courier.node_id or self._is_heard(flight.route.driver)
 
     def _take(self, flight: Flight, message: Generated) -> GenerationPart | None:
         """The tokens that the client does not have yet."""

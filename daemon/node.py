@@ -39,7 +39,7 @@ from daemon.models.node_weights import NodeWeights
 from daemon.models.weight_cache import cache_of
 from daemon.models.weight_peers import weight_peers
 from daemon.orders import NodeOrders
-from daemon.peering.address import parse_address
+from daemon.peering.address import bound_address, parse_address
 from daemon.peering.greeting import LocalPeer
 from daemon.peering.links import LinkMonitor
 from daemon.peering.peers import PeerEvents, PeerNetwork
@@ -52,6 +52,7 @@ from daemon.snapshot import MeshState
 from daemon.stages import ModelFiles, StageHost
 from daemon.trust.admission import Admission
 from daemon.trust.founding import Member, become_member
+from daemon.trust.ports import Ports, port_to_bind
 from daemon.upkeep import Upkeep
 from daemon.views import UpLine
 from daemon.web.access import HttpOptions, read_api_keys
@@ -102,6 +103,7 @@ class Node:
         self._forgets = False
         self._facts: tuple[DeviceFacts, ...] = ()
         self._a_peer_is_up = asyncio.Event()
+        self._ports = member.state.ports()
 
     async def run(self, on_up: Callable[[UpLine], None]) -> int:
         """Serve until asked to leave, then leave."""
@@ -196,7 +198,7 @@ class Node:
             DhtOptions(
                 identity_path=member.state.dht_identity_file,
                 listen_host=member.listen_host,
-                port=options.dht_port,
+                port=port_to_bind(member.listen_host, options.dht_port, self._ports.dht, flag="--dht-port"),
                 advertise=(member.address.host, options.dht_port) if options.advertise else None,
                 initial_peers=tuple(member.membership.dht_initial_peers),
             ),
@@ -275,6 +277,7 @@ class Node:
             worker_of=self._devices.worker,
             admit=self._coordination.admit,
             on_broken=self._coordination.broken,
+            is_heard=self._coordination.hears,
         )
         self._epochs = Epochs(
             courier=self,
@@ -287,6 +290,7 @@ class Node:
             on_drained=self._coordination.drained,
             on_broken=self._coordination.broken,
             on_step=self._on_step,
+            is_heard=self._coordination.hears,
         )
         self._coordination.attach(self._epochs)
         self._gateway = Gateway(
@@ -294,6 +298,7 @@ class Node:
             route=lambda avoid: self._state.route(avoid),
             blocker=lambda: blocker_error(self._state.readiness()),
             on_recovered=lambda: self._telemetry.count_recovery("replay"),
+            is_heard=self._coordination.hears,
         )
         stats: dict[str, ReplicaStats] = {}
         self._state = MeshState(
@@ -361,7 +366,7 @@ class Node:
         )
         http_options = HttpOptions(
             host=options.http_listen,
-            port=options.http_port,
+            port=port_to_bind(options.http_listen, options.http_port, self._ports.http, flag="--http-port"),
             api_keys=read_api_keys(options.api_key_file) if options.api_key_file is not None else (),
             admin_key=self._member.state.admin_key(),
             is_open=options.no_auth,
@@ -374,6 +379,7 @@ class Node:
         options, member = self._options, self._member
         write_run(options.state_dir, Run(os.getpid(), http.url))
         stack.callback(remove_run, options.state_dir, os.getpid())
+        self._remember_ports(http.port)
         issued = None
         if self._admission.may_admit:
             issued = self._admission.create_token(ttl_s=FIRST_TOKEN_TTL_S, uses=FIRST_TOKEN_USES)
@@ -405,16 +411,28 @@ class Node:
         group.create_task(self._links.run(), name="measure-links")
         group.create_task(self._dht.run(), name="dht")
         group.create_task(self._reporter.run(), name="report")
+        group.create_task(self._stages.watch.run(), name="watch-steps")
         group.create_task(self._keep_members(), name="keep-members")
         group.create_task(self._weights.run(), name="look-up-room")
         group.create_task(self._coordination.run(), name="coordinate")
         group.create_task(self._take_part(), name="take-part")
 
+    def _remember_ports(self, http_port: int) -> None:
+        ports = Ports(
+            peer=bound_address(self._member.listener).port,
+            http=http_port,
+            dht=self._dht.port or self._ports.dht,
+        )
+        if ports != self._ports:
+            self._ports = ports
+            self._member.state.save_ports(ports)
+
     async def _keep_members(self) -> NoReturn:
-        """Keep on disk whom to dial after a restart."""
+        """Keep on disk whom to dial after a restart, and where this node can be dialled."""
         saved = self._member.membership
         while True:
             await asyncio.sleep(KEEP_MEMBERS_S)
+            await asyncio.to_thread(self._remember_ports, self._ports.http)
             members = self._member_addresses()
             if members != saved.members:
                 maddrs = [maddr for member in members for maddr in member.dht_maddrs]

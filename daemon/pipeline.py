@@ -1,7 +1,7 @@
 """Drives one replica in one epoch: forms batches, sends steps down the stages, hands tokens to the gateways.
 
 Runs on the first stage's node. One step is in flight at a time, and every sequence that can run is in it. When
-a stage refuses, vanishes or stays silent the replica is broken for this epoch: every sequence it held is handed
+a stage refuses, vanishes, hangs or stays silent the replica is broken for this epoch: every sequence it held is handed
 back to its gateway, which replays it in the next epoch.
 """
 
@@ -17,10 +17,12 @@ from dataclasses import dataclass
 
 from daemon.courier import Courier
 from hexmesh.errors import Busy, InvalidInput
+from hexmesh.ids import short
 from hexmesh.plan import Replica
 from hexmesh.serving.batcher import Batcher, BatchLimits, Emission, ScheduledRow, wire_row
 from hexmesh.serving.blocks import BlockPool
 from hexmesh.serving.sequence import Sequence, sequence_of
+from hexmesh.serving.watchdog import LOOK_S, SUSPECT_S, Patience, StepTimes
 from hexmesh.wire.control import Cert, Epoch
 from hexmesh.wire.data import (
     Generate,
@@ -35,15 +37,12 @@ from hexmesh.wire.data import (
 
 log = logging.getLogger("hexmesh.pipeline")
 
-STEP_DEADLINE_S = 45.0
-"""Longer than a stage's own deadline, so that the stage that hangs is named by its own host."""
+STRICTNESS = 0.5
+"""A driver gives a step twice the time that a stage's own host gives it, so that the host names what hangs."""
 RATE_WINDOW_S = 5.0
 MAX_RESENDS = 10
 RESEND_PAUSE_S = 0.1
 """Rows name their positions and blocks, so a step that got lost is simply sent again, for about a second."""
-
-FULL_POOL_PAUSE_S = 0.02
-"""Between looks at a pool whose blocks the same replica of the plan before still has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,35 +64,53 @@ class ReplicaDriver:
         cert: Cert,
         replica: Replica,
         courier: Courier,
-        pool: BlockPool,
         limits: BatchLimits,
         vocab_size: int,
         max_model_tokens: int,
         on_broken: Callable[[Epoch, str], None],
         on_step: Callable[[StepTrace], None],
         on_idle: Callable[[], None],
-        on_closed: Callable[[ReplicaStats], None],
+        is_heard: Callable[[str], bool],
+        on_closed: Callable[[ReplicaDriver], None],
     ) -> None:
         self.epoch = epoch
         self.replica = replica
         self.broken: str | None = None
         self.draining = False
+        self.has_moved = True
+        """No step of an epoch before the present one is under way."""
         self.steps_run = 0
+        self.has_complained = False
+        """Whether the mesh was asked for another plan because of what broke here."""
         self._cert = cert
+        self._is_known = False
+        """Whether every stage has run a step of this epoch, and so has committed it."""
+        self._pools: list[str] = []
+        """The stages' KV pools that the sequences held here rely on."""
         self._courier = courier
         self._vocab_size = vocab_size
         self._max_model_tokens = max_model_tokens
         self._on_broken = on_broken
         self._on_step = on_step
         self._on_idle = on_idle
+        self._is_heard = is_heard
         self._on_closed = on_closed
-        self.pool = pool
-        self._batcher = Batcher(pool, limits)
+        self._times = StepTimes(
+            sum(stage.predicted_step_s for stage in replica.stages),
+            max(1, replica.predicted_batch),
+            strictness=STRICTNESS,
+        )
+        self._batcher = Batcher(BlockPool(replica.kv_blocks, replica.block_tokens), limits)
+        self._n_started_over = 0
         self._gateways: dict[str, str] = {}
         self._answer: asyncio.Future[StepResult | str] | None = None
         self._work = asyncio.Event()
         self._emitted: deque[tuple[float, int]] = deque()
         self._stage_seconds: deque[tuple[float, list[float]]] = deque()
+
+    @property
+    def pool(self) -> BlockPool:
+        return self._batcher.pool
 
     @property
     def is_idle(self) -> bool:
@@ -150,18 +167,29 @@ class ReplicaDriver:
 
     def on_refused(self, refusal: StepRefused) -> None:
         """A stage did not run the step in flight: send it again if it got lost, else this replica is broken."""
-        if refusal.step != self.steps_run:
+        if refusal.step != self.steps_run or self._answer is None or self._answer.done():
             return
-        if refusal.is_transient:
+        if refusal.is_transient or refusal.epoch != self.epoch:
             self._lose_step(refusal.reason)
+        elif refusal.is_pool_new:
+            self._start_over(refusal.reason)
         else:
             stage = self.replica.stages[refusal.stage]
-            self.close(f"stage {refusal.stage} on {stage.node[:8]} refused: {refusal.reason}")
+            self.close(f"stage {refusal.stage} on {short(stage.node)} refused: {refusal.reason}")
+
+    def _start_over(self, reason: str) -> None:
+        """The KV of what runs here is gone, the stages are not: hand back the sequences and go on without them."""
+        log.info("sequences handed back replica=%s reason=%s", self.replica.id, reason)
+        self._pools = []
+        self._n_started_over += 1
+        for sequence in self._batcher.abandon():
+            self._hand_back(sequence, reason)
+        self._lose_step(reason)
 
     def link_reset(self, node: str) -> None:
         """A connection to or from a stage's node was cut: the step in flight may have been on it."""
         if any(stage.node == node for stage in self.replica.stages):
-            self._lose_step(f"the connection to {node[:8]} was cut")
+            self._lose_step(f"the connection to {short(node)} was cut")
 
     def drain(self) -> None:
         """The epoch takes no new sequences any more: hand back those that no stage has seen yet."""
@@ -170,13 +198,29 @@ class ReplicaDriver:
             self._batcher.cancel(sequence.id)
             self._hand_back(sequence, "the plan changed")
 
+    def move(self, epoch: Epoch, cert: Cert, replica: Replica) -> None:
+        """Go on in a later epoch whose plan leaves this replica as it is: same stages, same KV pools, same blocks.
+
+        A step under way is of the epoch before; `has_moved` once it is answered.
+        """
+        self.epoch, self._cert, self.replica = epoch, cert, replica
+        self.has_moved = self._answer is None or self._answer.done()
+        self._is_known = False
+        if self.is_idle:
+            self._pools = []
+
+    def epoch_released(self) -> None:
+        """A step of the epoch before, if one is under way, will not be answered: send it again in the present one."""
+        if not self.has_moved:
+            self._lose_step("the epoch that it was sent in was released")
+
     def close(self, reason: str) -> None:
         """Hand every sequence back to its gateway; nothing is accepted any more."""
         if self.broken is not None:
             return
         self.broken = reason
         log.info("replica closed replica=%s epoch=%d reason=%s", self.replica.id, self.epoch.n, reason)
-        self._on_closed(self.stats(time.monotonic()))
+        self._on_closed(self)
         for sequence in self._batcher.abandon():
             self._hand_back(sequence, reason)
         self._lose_step(reason)
@@ -188,13 +232,11 @@ class ReplicaDriver:
         while self.broken is None:
             await self._work.wait()
             rows = self._batcher.next_step() if self.broken is None else []
-            if not rows and self._batcher.has_work:
-                await asyncio.sleep(FULL_POOL_PAUSE_S)
-            elif not rows:
+            if not rows:
                 self._work.clear()
                 self._on_idle()
-            else:
-                await self._step(rows)
+                continue
+            await self._step(rows)
 
     def stats(self, now_s: float) -> ReplicaStats:
         """What this replica does just now."""
@@ -204,8 +246,8 @@ class ReplicaDriver:
             epoch=self.epoch,
             requests_running=len(self._batcher.running),
             requests_waiting=len(self._batcher.waiting),
-            kv_blocks_total=self.pool.n_blocks,
-            kv_blocks_free=self.pool.n_free,
+            kv_blocks_total=self._batcher.pool.n_blocks,
+            kv_blocks_free=self._batcher.pool.n_free,
             tokens_per_s=sum(n for _, n in self._emitted) / window,
             stage_busy=[
                 min(1.0, sum(seconds[index] for _, seconds in self._stage_seconds) / window)
@@ -220,28 +262,61 @@ class ReplicaDriver:
         if result is None:
             return
         now_s = time.monotonic()
+        self._note_stages(result)
         emissions = self._batcher.complete(result.sampled)
         self._hand_out(emissions)
         self._account(result, emissions, started_s, now_s)
 
+    def _note_stages(self, result: StepResult) -> None:
+        """Take down which KV pools the stages run on, and whether they have followed into this epoch."""
+        self._pools = result.pools
+        self._is_known = result.epoch == self.epoch
+        if not self.has_moved:
+            self.has_moved = True
+            self._on_idle()
+
     async def _answered(self, rows: list[ScheduledRow]) -> StepResult | None:
         """The step's result; None when the replica was closed meanwhile."""
+        n_started_over = self._n_started_over
         for _ in range(MAX_RESENDS):
             self.steps_run += 1
             self._answer = asyncio.get_running_loop().create_future()
             self._courier.send(self._courier.node_id, self._message(rows), _token_ids(rows))
-            try:
-                async with asyncio.timeout(STEP_DEADLINE_S):
-                    answer = await self._answer
-            except TimeoutError:
-                self._break(f"no answer to a step within {STEP_DEADLINE_S:.0f} s")
-                return None
-            if self.broken is not None:
+            answer = await self._awaited(self._answer, sum(row.n_tokens for row in rows))
+            if answer is None or self.broken is not None or self._n_started_over != n_started_over:
                 return None
             if isinstance(answer, StepResult):
                 return answer
             await asyncio.sleep(RESEND_PAUSE_S)
         self._break(f"a step was lost {MAX_RESENDS} times: {answer}")
+        return None
+
+    async def _awaited(
+        self, answer: asyncio.Future[StepResult | str], n_tokens: int
+    ) -> StepResult | str | None:
+        """The answer to a step; None when it cannot come any more, and this replica is closed."""
+        patience = Patience(self._times.deadline_s(n_tokens), time.monotonic())
+        while not answer.done():
+            await asyncio.wait({answer}, timeout=LOOK_S)
+            patience.spend(time.monotonic())
+            if answer.done():
+                break
+            if patience.spent_s >= SUSPECT_S and (silent := self._silent_stage()) is not None:
+                self.close(silent)
+                return None
+            if patience.is_over:
+                self._break(f"no stage of replica {self.replica.id} answered within {patience.limit_s:.1f} s")
+                return None
+        found = answer.result()
+        if isinstance(found, StepResult):
+            self._times.took(n_tokens, patience.spent_s)
+        return found
+
+    def _silent_stage(self) -> str | None:
+        """What to say of the first stage whose node is not heard any more."""
+        for index, stage in enumerate(self.replica.stages):
+            if stage.node != self._courier.node_id and not self._is_heard(stage.node):
+                return f"stage {index} of replica {self.replica.id}: node {stage.node} is not heard"
         return None
 
     def _lose_step(self, reason: str) -> None:
@@ -252,7 +327,8 @@ class ReplicaDriver:
         opens = any(row.start == 0 for row in rows)
         return Step(
             epoch=self.epoch,
-            cert=self._cert if opens else None,
+            cert=self._cert if opens or not self._is_known else None,
+            kept_pools=[] if self._is_known else self._pools,
             replica=self.replica.id,
             stage=0,
             step=self.steps_run,
@@ -308,7 +384,13 @@ class ReplicaDriver:
 
     def _break(self, reason: str) -> None:
         self.close(reason)
-        self._on_broken(self.epoch, reason)
+        self.complain()
+
+    def complain(self) -> None:
+        """Ask the mesh for another plan: this replica is broken."""
+        assert self.broken is not None
+        self.has_complained = True
+        self._on_broken(self.epoch, self.broken)
 
     def _check_tokens(self, message: Generate) -> None:
         """A token that the model does not have would break the step for every sequence in it."""

@@ -10,6 +10,7 @@ from daemon.courier import Courier
 from daemon.dispatch import Dispatcher
 from daemon.snapshot import MeshState
 from daemon.web.telemetry import Telemetry
+from hexmesh.serving.carry_over import carried_over
 
 REPORT_S = 1.0
 
@@ -23,6 +24,9 @@ _REASON_LABELS = {
     "silent": "failure",
     "restarted": "failure",
     "died": "failure",
+    "hung": "failure",
+    "not heard": "failure",
+    "answered": "failure",
     "leaving": "leave",
     "left": "leave",
     "facts": "facts",
@@ -54,9 +58,12 @@ class Reporter:
         state.stats.clear()
         if state.coordination.machine.is_coordinator:
             self._telemetry.count_replan(label_of(reason))
-        draining, plan = state.epochs.draining, state.plan_now()
-        if draining is None or plan is None:
+        draining, committed = state.epochs.draining, state.epochs.committed
+        if draining is None or committed is None:
             return
+        plan = committed.plan
+        carried = carried_over(draining.plan, plan)
+        state.gateway.carried_over(draining.epoch, committed.epoch, carried)
         members = state.coordination.machine.members(state.loop_time())
         for node in draining.plan.hosts.keys() - plan.hosts.keys():
             if node not in members or not members[node].two_way:

@@ -20,20 +20,21 @@ import msgspec
 from daemon.compute.workers import Worker
 from daemon.courier import Courier, Payload
 from daemon.models.node_weights import NodeWeights
+from daemon.stage_watch import StageWatch
 from hexmesh.errors import HexmeshError, InvalidInput, Lost
+from hexmesh.ids import short
 from hexmesh.membership.outputs import Accepted, Admission
 from hexmesh.plan import Plan, Replica, Stage
+from hexmesh.serving.watchdog import StepTimes
 from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import MAX_STEP_TOKENS, Step, StepRefused, StepResult
-from hexmesh.wire.worker import LoadStage, RunStep, StageLoaded, StepDone
+from hexmesh.wire.worker import LoadStage, RunStep, StepDone
 
 log = logging.getLogger("hexmesh.stages")
 
 StageKey = tuple[Epoch, str, int]
 MAX_STEPS_WAITING = 32
 """Of one stage. A driver has few steps under way; more would only fill this host's memory."""
-STEP_DEADLINE_S = 30.0
-"""The least time that a step may take before its worker counts as hung."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,17 @@ class HeldStage:
     replica: Replica
     index: int
     worker: Worker
+    times: StepTimes
 
     @property
     def is_last(self) -> bool:
         return self.index == len(self.replica.stages) - 1
+
+    @property
+    def title(self) -> str:
+        """The stage as people know it."""
+        stage = self.replica.stages[self.index]
+        return f"stage {self.index} of replica {self.replica.id} (layers {stage.start}-{stage.stop - 1})"
 
 
 class StageHost:
@@ -75,6 +83,7 @@ class StageHost:
         worker_of: Callable[[int], Awaitable[Worker]],
         admit: Callable[[Step], Admission],
         on_broken: Callable[[Epoch, str], None],
+        is_heard: Callable[[str], bool],
     ) -> None:
         self._courier = courier
         self._group = group
@@ -87,6 +96,7 @@ class StageHost:
         self._held: dict[StageKey, HeldStage] = {}
         self._broken: set[tuple[Epoch, str]] = set()
         self._n_running: Counter[StageKey] = Counter()
+        self.watch = StageWatch(is_heard=is_heard, on_unheard=self._next_is_silent)
         self.last_step_s = -math.inf
         """When a step was taken in last, on the monotonic clock."""
 
@@ -125,6 +135,7 @@ class StageHost:
     def _drop(self, keys: list[StageKey]) -> None:
         for key in keys:
             held = self._held.pop(key)
+            self.watch.forget(held.name)
             held.worker.drop(held.name)
             self._weights.release(held.name)
 
@@ -158,6 +169,9 @@ class StageHost:
         if (fault := self._size_fault(step)) is not None:
             self._refuse(step, fault, None)
             return
+        if step.kept_pools and step.kept_pools[step.stage : step.stage + 1] != [held.pool]:
+            self._refuse(step, "this stage's KV pool was made anew", None, is_pool_new=True)
+            return
         self._n_running[key] += 1
         self._group.create_task(self._run(held, step, payload), name=f"step-{step.step}")
 
@@ -165,16 +179,19 @@ class StageHost:
         stage = replica.stages[index]
         if stage.devices[0] not in self._budgets:
             raise InvalidInput(f"the plan names device {stage.devices[0]}, which this host does not have")
-        name, placement = stage_name(epoch, replica.id, index), plan.placement_of(replica)
-        held = HeldStage(
-            name=name,
-            pool=self._pool_of(placement, index) or name,
-            placement=placement,
-            replica=replica,
-            index=index,
-            worker=await self._worker_of(stage.devices[0]),
-        )
-        loaded = await self._load_weights(held, self._load_order(held, plan, stage))
+        worker = await self._worker_of(stage.devices[0])
+        order = self._load_order(stage_name(epoch, replica.id, index), plan, replica, stage)
+        try:
+            if not self._weights.is_whole:
+                await self._weights.hold(order.stage, await worker.name_tensors(order))
+            held = self._make_stage(order.stage, plan, replica, index, worker)
+            loaded = await worker.load(msgspec.structs.replace(order, pool=held.pool))
+        except BaseException as error:
+            self._weights.release(order.stage)
+            if isinstance(error, asyncio.CancelledError):
+                with contextlib.suppress(Lost):  # it may be loading what nobody wants any more
+                    worker.drop(order.stage)
+            raise
         self._held[(epoch, replica.id, index)] = held
         log.info(
             "stage loaded replica=%s stage=%d layers=%d-%d load_s=%.2f reused_layers=%d",
@@ -187,41 +204,45 @@ class StageHost:
         )
         return loaded.pool_deferred
 
-    def _pool_of(self, placement: tuple[object, ...], index: int) -> str | None:
-        """The pool of the newest stage here that is the same, unless its replica broke."""
+    def _make_stage(self, name: str, plan: Plan, replica: Replica, index: int, worker: Worker) -> HeldStage:
+        """To be called when its load is about to be ordered: the pool that it may take over must not go before."""
+        placement, stage = plan.placement_of(replica), replica.stages[index]
+        same = self._same_stage(placement, index, worker)
+        fresh = StepTimes(stage.predicted_step_s, max(1, replica.predicted_batch))
+        return HeldStage(
+            name=name,
+            pool=name if same is None else same.pool,
+            placement=placement,
+            replica=replica,
+            index=index,
+            worker=worker,
+            times=fresh if same is None else same.times,
+        )
+
+    def _same_stage(self, placement: tuple[object, ...], index: int, worker: Worker) -> HeldStage | None:
+        """The newest stage in the worker that is the same, unless its replica broke: its KV pool stays in use."""
         same = [
-            (epoch, held.pool, (epoch, replica) in self._broken)
+            (epoch, (epoch, replica) in self._broken, held)
             for (epoch, replica, at), held in self._held.items()
-            if held.placement == placement and at == index
+            if held.placement == placement and at == index and held.worker is worker
         ]
-        _, pool, is_broken = max(same, default=(None, None, False))
-        return None if is_broken else pool
+        if not same:
+            return None
+        _, is_broken, held = max(same, key=lambda one: one[0])
+        return None if is_broken else held
 
-    async def _load_weights(self, held: HeldStage, order: LoadStage) -> StageLoaded:
-        """Load the stage, once what it reads is on the disk; its tensors stay there as long as it is held."""
-        try:
-            if not self._weights.is_whole:
-                await self._weights.hold(held.name, await held.worker.name_tensors(order))
-            return await held.worker.load(order)
-        except BaseException as error:
-            self._weights.release(held.name)
-            if isinstance(error, asyncio.CancelledError):
-                # the worker may be loading it, and nobody wants it any more
-                with contextlib.suppress(Lost):
-                    held.worker.drop(held.name)
-            raise
-
-    def _load_order(self, held: HeldStage, plan: Plan, stage: Stage) -> LoadStage:
+    def _load_order(self, name: str, plan: Plan, replica: Replica, stage: Stage) -> LoadStage:
+        """With a KV pool of its own."""
         return LoadStage(
-            stage=held.name,
-            pool=held.pool,
+            stage=name,
+            pool=name,
             model_dir=self._files.folder,
             model_id=self._files.model_id,
             start=stage.start,
             stop=stage.stop,
             dtype=plan.dtype,
-            kv_blocks=held.replica.kv_blocks,
-            block_tokens=held.replica.block_tokens,
+            kv_blocks=replica.kv_blocks,
+            block_tokens=replica.block_tokens,
             budget_bytes=self._budgets[stage.devices[0]],
         )
 
@@ -244,24 +265,25 @@ class StageHost:
                 del self._n_running[key]
 
     async def _compute(self, held: HeldStage, step: Step, payload: Payload) -> None:
-        deadline_s = max(STEP_DEADLINE_S, 100 * held.replica.stages[held.index].predicted_step_s)
+        running = self.watch.begin(step, held.worker, held.times, held.title)
+        is_done = False
         try:
-            async with asyncio.timeout(deadline_s):
-                done, out = await held.worker.run_step(
-                    RunStep(stage=held.name, step=step.step, rows=step.rows), payload
-                )
-        except TimeoutError:
-            held.worker.kill(f"a step took longer than {deadline_s:.0f} s")
-            self._refuse(step, f"the stage hung for {deadline_s:.0f} s", None)
+            done, out = await held.worker.run_step(
+                RunStep(stage=held.name, step=step.step, rows=step.rows), payload
+            )
+            is_done = True
         except HexmeshError as error:
             self._refuse(step, error.message, None)
             if isinstance(error, InvalidInput):
                 self._on_broken(step.epoch, error.message)
         else:
             self._pass_on(held, step, done, out)
+        finally:
+            self.watch.end(running, is_done=is_done)
 
     def _pass_on(self, held: HeldStage, step: Step, done: StepDone, out: Payload) -> None:
         seconds = [*step.stage_seconds, done.compute_s]
+        pools = [*step.pools, held.pool]
         if held.is_last:
             result = StepResult(
                 epoch=step.epoch,
@@ -269,16 +291,27 @@ class StageHost:
                 step=step.step,
                 sampled=done.sampled,
                 stage_seconds=seconds,
+                pools=pools,
             )
             self._courier.send(step.driver, result)
             return
-        onward = msgspec.structs.replace(step, stage=step.stage + 1, stage_seconds=seconds)
+        onward = msgspec.structs.replace(step, stage=step.stage + 1, stage_seconds=seconds, pools=pools)
         to = held.replica.stages[step.stage + 1].node
+        self.watch.passed_on(held.name, step, to)
         if not self._courier.send(to, onward, out):
             self._refuse(step, f"the next stage's node {to[:8]} cannot be reached", None, is_transient=True)
 
+    def _next_is_silent(self, step: Step, node: str) -> None:
+        self._refuse(step, f"the next stage's node {short(node)} is not heard", None)
+
     def _refuse(
-        self, step: Step, reason: str, admission: Admission | None, *, is_transient: bool = False
+        self,
+        step: Step,
+        reason: str,
+        admission: Admission | None,
+        *,
+        is_transient: bool = False,
+        is_pool_new: bool = False,
     ) -> None:
         refusal = StepRefused(
             epoch=step.epoch,
@@ -287,6 +320,7 @@ class StageHost:
             step=step.step,
             reason=reason,
             is_transient=is_transient,
+            is_pool_new=is_pool_new,
             cert=getattr(admission, "cert", None),
         )
         self._courier.send(step.driver, refusal)

@@ -49,6 +49,7 @@ log = logging.getLogger("hexmesh.workers")
 
 _REASON_WITHIN_S = 1.0
 _CLOSE_WITHIN_S = 5.0
+_KILL_WITHIN_S = 2.0
 T = TypeVar("T")
 K = TypeVar("K")
 
@@ -334,6 +335,13 @@ class Workshop:
     def _kill(self, number: int) -> None:
         if number in self._workers and self._control is not None:
             self._tell(KillWorker(worker=number))
+            asyncio.get_running_loop().call_later(_KILL_WITHIN_S, self._end_if_hung, number)
+
+    def _end_if_hung(self, number: int) -> None:
+        """A workshop that has not ended a worker hangs itself. The kernel ends its workers with it."""
+        if number in self._workers and self._process is not None and self._process.returncode is None:
+            log.error("the workshop of worker processes hangs and is killed pid=%d", self._process.pid)
+            self._process.kill()
 
     def _tell(self, message: msgspec.Struct, passed: socket.socket | None = None) -> None:
         assert self._control is not None

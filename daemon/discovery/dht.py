@@ -111,6 +111,11 @@ class MeshDht:
         return self._up.is_set()
 
     @property
+    def port(self) -> int:
+        """Where it listens; 0 until a free port was picked."""
+        return self._port
+
+    @property
     def n_starts(self) -> int:
         """How often p2pd was started."""
         return self._n_starts

@@ -42,6 +42,8 @@ class LocalDaemon:
     folder: Path
     process: subprocess.Popen[bytes]
     started_s: float
+    flags: tuple[str, ...] = ()
+    """What it was started with, to be started so again."""
     up: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -150,9 +152,15 @@ class LocalMesh:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C is the caller's; and a daemon can be killed with its workers
             )
-            daemon = LocalDaemon(name=name, folder=folder, process=process, started_s=time.monotonic())
+            daemon = LocalDaemon(
+                name=name, folder=folder, process=process, started_s=time.monotonic(), flags=flags
+            )
             self.daemons = [*(other for other in self.daemons if other.name != name), daemon]
         return daemon
+
+    def restart(self, daemon: LocalDaemon) -> LocalDaemon:
+        """Start a daemon that has ended on its state folder again: it rejoins. Does not wait."""
+        return self.start(daemon.name, *daemon.flags)
 
     def found(self, name: str, *flags: str) -> LocalDaemon:
         """Start the first daemon and wait until it is up."""

@@ -29,6 +29,7 @@ from daemon.peering.tls import client_context
 from daemon.trust.admission import found_mesh
 from daemon.trust.attestor import Attestor
 from daemon.trust.joining import Joiner, join_mesh
+from daemon.trust.ports import port_to_bind
 from daemon.trust.state import Membership, StateFolder
 from hexmesh.cost import default_dtype
 from hexmesh.errors import InvalidInput, Refused
@@ -70,7 +71,9 @@ async def become_member(options: JoinOptions) -> AsyncIterator[Member]:
     with StateFolder(options.state_dir) as state:
         known = await asyncio.to_thread(state.membership)
         _check_token(options, known)
-        with listen_tcp(listen_host(options), options.peer_port, flag="--peer-port") as listener:
+        host, before = listen_host(options), await asyncio.to_thread(state.ports)
+        port = port_to_bind(host, options.peer_port, before.peer, flag="--peer-port")
+        with listen_tcp(host, port, flag="--peer-port") as listener:
             yield await _member(options, state, known, listener)
 
 

@@ -18,6 +18,7 @@ import msgspec
 
 from daemon.peering.tls import TlsFiles
 from daemon.runfile import ADMIN_KEY_FILE
+from daemon.trust.ports import Ports
 from hexmesh.cluster import Availability
 from hexmesh.errors import HexmeshError, InvalidInput
 from hexmesh.identity.authority import MeshAuthority
@@ -35,6 +36,7 @@ _MEMBERSHIP = "membership.json"
 _TOKENS = "tokens.json"
 _TERM = "term.json"
 _AVAILABILITY = "availability.json"
+_PORTS = "ports.json"
 _DHT_IDENTITY = "dht.key"
 _LOCK = "lock"
 _OF_MEMBERSHIP = (_MEMBERSHIP, _AUTHORITY_KEY, _TOKENS, _CERTIFICATE, _TERM, _AVAILABILITY)
@@ -176,6 +178,13 @@ class StateFolder:
     def save_availability(self, availability: Availability) -> None:
         """On the disk when this returns: the word outlives the process."""
         self._write_json(_AVAILABILITY, _Kept(availability))
+
+    def ports(self) -> Ports:
+        """Where this node listened before."""
+        return self._read_json(_PORTS, Ports) or Ports()
+
+    def save_ports(self, ports: Ports) -> None:
+        self._write_json(_PORTS, ports)
 
     def tls_files(self, membership: Membership) -> TlsFiles:
         """The key and certificate as TLS contexts load them."""

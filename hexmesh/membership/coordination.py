@@ -356,6 +356,10 @@ class Coordination:
     def is_leaving(self) -> bool:
         return self._host.is_leaving
 
+    def hears(self, node: str, now_s: float) -> bool:
+        """Whether `node` was heard lately and said that it hears this boot; always so of this node itself."""
+        return node == self.node or self._peers.is_two_way(node, now_s)
+
     def members(self, now_s: float) -> dict[str, MemberView]:
         """Every known node, this one included, as seen from here."""
         held = self.held

@@ -11,13 +11,14 @@ from hexmesh.plan import Plan, Replica
 from hexmesh.wire.data import (
     Generate,
     GenerateCancel,
+    ReplicaIdle,
     ReplicaStats,
     Step,
     StepRefused,
     StepResult,
 )
 
-Judged = Step | StepResult | StepRefused | ReplicaStats | Generate | GenerateCancel
+Judged = Step | StepResult | StepRefused | ReplicaIdle | ReplicaStats | Generate | GenerateCancel
 """Answers to a gateway are judged there: it alone knows which driver it asked."""
 
 
@@ -41,8 +42,8 @@ def sender_fault(src: str, message: Judged, plan: Plan | None) -> str | None:
             return _unless(src, replica.stages[-1].node, "results come from the last stage")
         case StepRefused():
             return _refusal_fault(src, message, replica)
-        case ReplicaStats():
-            return _unless(src, replica.driver, "figures come from the driver")
+        case ReplicaIdle() | ReplicaStats():
+            return _unless(src, replica.driver, "word of a replica comes from its driver")
 
 
 def _step_fault(src: str, step: Step, replica: Replica) -> str | None:

@@ -18,10 +18,13 @@ MAX_STEP_ROWS = 1024
 MAX_STEP_TOKENS = 4096
 """Many times what a driver batches: it bounds what the attention of one hostile step can allocate."""
 
+MAX_STAGES = 1024
+
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0.0)]
+_Pools = Annotated[list[Annotated[str, msgspec.Meta(max_length=256)]], msgspec.Meta(max_length=MAX_STAGES)]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -63,14 +66,18 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     epoch: Epoch
     cert: Cert | None
-    """With rows that open a sequence: proof that the epoch was decided."""
+    """Proof that the epoch was decided: with rows that open a sequence, and until all stages know the epoch."""
     replica: str
     stage: int
     step: int
     driver: str
     rows: Annotated[list[Row], msgspec.Meta(max_length=MAX_STEP_ROWS)]
+    kept_pools: _Pools = []
+    """After a change of epoch that leaves the replica as it is: each stage's KV pool that the rows rely on."""
     stage_seconds: list[_Seconds] = []
     """Compute time of the stages passed so far."""
+    pools: _Pools = []
+    """The KV pools of the stages passed so far, as their workers name them."""
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -81,6 +88,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     step: int
     sampled: list[SampledToken]
     stage_seconds: list[_Seconds]
+    pools: _Pools = []
 
 
 class StepRefused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -93,6 +101,8 @@ class StepRefused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     reason: str
     is_transient: bool = False
     """The epoch is right but the step got lost on its way; running it again does no harm."""
+    is_pool_new: bool = False
+    """The stage is there, but the KV that the rows rely on is not: only their sequences must start over."""
     cert: Cert | None = None
 
 
@@ -139,6 +149,13 @@ class GenerateCancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     attempt: int
 
 
+class ReplicaIdle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Driver to every host of a plan that drains: nothing will run in this replica of that epoch any more."""
+
+    replica: str
+    epoch: Epoch
+
+
 class ReplicaStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Driver to every host of its plan, about once a second: what its replica does just now."""
 
@@ -155,5 +172,13 @@ class ReplicaStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 DATA_MESSAGE = (
-    Step | StepResult | StepRefused | Generate | Generated | GenerateFailed | GenerateCancel | ReplicaStats
+    Step
+    | StepResult
+    | StepRefused
+    | Generate
+    | Generated
+    | GenerateFailed
+    | GenerateCancel
+    | ReplicaIdle
+    | ReplicaStats
 )

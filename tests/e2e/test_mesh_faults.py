@@ -17,13 +17,15 @@ import pytest
 from daemon.models.model_source import resolve_model
 from daemon.terminal.demo_memory import memory_for_exactly
 from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
-from hexmesh.errors import NotReady
+from hexmesh.errors import HexmeshError, NotReady
 from hexmesh.model_spec import model_spec_from_config
 from tests.e2e.asking import Stream, expected, token_ids
 
 FLAGS = ("--device", "cpu", "--threads", "1", "--min-nodes", "3", "--memory")
 QUESTION = "What is a KV cache?"
 N_TOKENS = 300
+LONG = 1500
+"""More tokens than any test has time for."""
 
 
 @pytest.fixture
@@ -45,6 +47,11 @@ def by_id(mesh: LocalMesh, node_id: str) -> LocalDaemon:
 
 def topology(daemon: LocalDaemon) -> Any:
     return daemon.get("/admin/topology")
+
+
+def is_at_rest(daemon: LocalDaemon) -> bool:
+    status = daemon.get("/admin/status")
+    return bool(status["requests_running"] == 0 and status["kv_blocks"]["used"] == 0)
 
 
 def stage_nodes(mesh: LocalMesh, daemon: LocalDaemon) -> list[LocalDaemon]:
@@ -95,6 +102,40 @@ def test_the_coordinator_killed_in_mid_stream_costs_no_token_and_is_replaced(mes
         what="another coordinator",
     )
     assert topology(survivors[0])["term"] > before["term"]
+
+
+def test_a_coordinator_without_a_stage_is_killed_and_no_stream_notices_but_those_that_entered_there(
+    tmp_path: Path,
+) -> None:
+    budget = str(memory_for_exactly(model_spec_from_config(resolve_model().config), 2))
+    with LocalMesh(tmp_path / "mesh") as mesh:
+        coordinator = mesh.found("one", *FLAGS, "1MiB")
+        others = [mesh.join(name, *FLAGS, budget) for name in ("two", "three")]
+        mesh.await_ready()
+        before = topology(others[0])
+        assert before["coordinator"] == coordinator.node_id
+        assert coordinator not in stage_nodes(mesh, others[0])
+        with ThreadPoolExecutor(1) as pool:
+            doomed = Stream(coordinator.client, token_ids(QUESTION), LONG)
+            doomed_run = pool.submit(doomed.run)
+            mesh.await_value(lambda: doomed.token_ids or None, timeout_s=30, what="the other stream")
+            stream = ask_and_kill(mesh, others[0], coordinator)
+            with pytest.raises(HexmeshError):
+                doomed_run.result(timeout=30)
+        assert stream.token_ids == expected(token_ids(QUESTION), N_TOKENS)
+        # What the dead node's client asked for is given up, and its blocks are free again.
+        mesh.await_value(lambda: is_at_rest(others[0]) or None, timeout_s=3, what="all blocks to be free")
+        mesh.await_value(
+            lambda: True if topology(others[0])["plan_id"] != before["plan_id"] else None,
+            timeout_s=10,
+            what="a plan without the dead coordinator",
+        )
+        assert topology(others[0])["replicas"][0]["stages"] == before["replicas"][0]["stages"]
+        # Neither replayed nor started over: the new plan leaves the replica as it is, KV and all.
+        assert Stream(others[1].client, token_ids(QUESTION), 20).run() == stream.token_ids[:20]
+        logs = [daemon.log.read_text() for daemon in others]
+        assert not any("replayed" in log for log in logs)
+        assert any("replica carried over" in log for log in logs)
 
 
 def test_a_mesh_that_cannot_hold_the_model_says_what_it_needs_and_recovers(mesh: LocalMesh) -> None:

@@ -304,8 +304,8 @@ async def test_worker_that_cannot_start_is_lost(workshop: Workshop) -> None:
         assert await worker.wait_closed() == "the host has no such device"
 
 
-async def test_workshop_that_died_is_replaced() -> None:
-    async with Workshop() as shop, asyncio.timeout(90):
+async def test_workshop_that_died_or_hangs_is_replaced() -> None:
+    async with Workshop() as shop, asyncio.timeout(150):
         first = await shop.start_worker("cpu", 1, None)
         parent = psutil.Process(first.pid).parent()
         assert parent is not None
@@ -315,6 +315,17 @@ async def test_workshop_that_died_is_replaced() -> None:
         second = await shop.start_worker("cpu", 1, None)
 
         assert (await second.measure("float32")).flops_per_s > 0
+        parent = psutil.Process(second.pid).parent()
+        assert parent is not None
+        for process in (parent, psutil.Process(second.pid)):
+            process.suspend()
+        second.kill("a step took too long")
+        assert await second.wait_closed() == "a step took too long"
+        assert not parent.is_running()
+
+        third = await shop.start_worker("cpu", 1, None)
+
+        assert (await third.measure("float32")).flops_per_s > 0
 
 
 DAEMON = """

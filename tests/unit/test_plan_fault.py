@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from hexmesh.plan import Plan, decode_plan, encode_plan, plan_fault
-from tests.unit.daemon.fake_mesh import one_replica
+from tests.unit.daemon.fake_mesh import even_plan
 
-GOOD = one_replica("ab", 8, "ab")
+GOOD = even_plan(["ab"], 8, "ab")
 
 
 def with_stage(index: int, **changes: Any) -> Plan:

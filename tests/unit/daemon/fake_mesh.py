@@ -29,6 +29,7 @@ from hexmesh.errors import Lost, NotReady
 from hexmesh.membership.outputs import Accepted, Admission, Refused
 from hexmesh.plan import Plan, Replica, Stage, encode_plan
 from hexmesh.serving.batcher import BatchLimits
+from hexmesh.serving.carry_over import carried_over
 from hexmesh.serving.router import choose_replica
 from hexmesh.wire.control import Ballot, Cert, Epoch
 from hexmesh.wire.data import (
@@ -36,6 +37,7 @@ from hexmesh.wire.data import (
     GenerateCancel,
     Generated,
     GenerateFailed,
+    ReplicaIdle,
     ReplicaStats,
     Row,
     SampledToken,
@@ -69,6 +71,8 @@ class FakeWorker:
 
     def __init__(self) -> None:
         self.is_dead = False
+        self.pid = 0
+        self.killed_because = ""
         self.may_run = asyncio.Event()
         self.may_run.set()
         self.n_steps = 0
@@ -94,8 +98,20 @@ class FakeWorker:
         if pool is not None and pool not in self._pool_names.values():
             del self._pools[pool]
 
+    @property
+    def n_pools(self) -> int:
+        return len(self._pools)
+
+    def kill(self, reason: str) -> None:
+        """Fails the steps that hang, as the end of a real worker does."""
+        self.killed_because = reason
+        self.may_run.set()
+
     async def run_step(self, order: RunStep, payload: bytes) -> tuple[StepDone, bytes]:
+        is_held = not self.may_run.is_set()
         await self.may_run.wait()
+        if is_held and self.killed_because:
+            raise Lost(f"worker 0 was killed: {self.killed_because}")
         await asyncio.sleep(0)
         if self.is_dead:
             raise Lost("the fake worker is dead")
@@ -134,6 +150,7 @@ class FakeNode:
     mesh: FakeMesh
     worker: FakeWorker = field(default_factory=FakeWorker)
     is_cut: bool = False
+    hears_not: str | None = None
     broken: set[tuple[Epoch, str]] = field(default_factory=set)
     lie: Any = field(default_factory=lambda: lambda message: message)
     """What becomes of each message that this node sends."""
@@ -144,6 +161,7 @@ class FakeNode:
             route=self.route,
             blocker=lambda: NotReady("no plan"),
             on_recovered=self.mesh.note_recovery,
+            is_heard=self.is_heard,
         )
         self.stages = StageHost(
             courier=self,
@@ -154,6 +172,7 @@ class FakeNode:
             worker_of=self.find_worker,
             admit=self.admit,
             on_broken=self.mesh.note_broken,
+            is_heard=self.is_heard,
         )
         self.epochs = Epochs(
             courier=self,
@@ -166,7 +185,12 @@ class FakeNode:
             on_drained=lambda epoch: self.epochs.release(epoch, "drained"),
             on_broken=self.mesh.note_broken,
             on_step=lambda _: None,
+            is_heard=self.is_heard,
         )
+        self.mesh.watches.append(self.mesh.group.create_task(self.stages.watch.run()))
+
+    def is_heard(self, node: str) -> bool:
+        return not self.is_cut and not self.mesh.nodes[node].is_cut and node != self.hears_not
 
     async def find_worker(self, device: int) -> Any:
         return self.worker
@@ -198,9 +222,24 @@ class FakeNode:
         return Route(held.epoch, replica.id, replica.driver, nodes)
 
     def admit(self, step: Step) -> Admission:
+        if step.cert is not None:
+            self.commit(step.epoch, step.cert)
         held = [self.epochs.committed, self.epochs.draining]
         is_ours = any(epoch is not None and epoch.epoch == step.epoch for epoch in held)
         return Accepted() if is_ours else Refused("another epoch", None)
+
+    def commit(self, epoch: Epoch, cert: Cert) -> None:
+        if epoch in self.epochs_here():
+            return
+        before = self.epochs.committed
+        self.epochs.commit(epoch, cert, 0.0)
+        committed = self.epochs.committed
+        if before is not None and committed is not None:
+            carried = carried_over(before.plan, committed.plan)
+            self.gateway.carried_over(before.epoch, committed.epoch, carried)
+
+    def epochs_here(self) -> list[Epoch]:
+        return [held.epoch for held in (self.epochs.committed, self.epochs.draining) if held is not None]
 
     def receive(self, src: str, message: msgspec.Struct, payload: Any) -> None:
         match message:
@@ -210,6 +249,8 @@ class FakeNode:
                 self._to_driver(src, message)
             case Generated() | GenerateFailed():
                 self.gateway.on_message(src, message)
+            case ReplicaIdle():
+                self.epochs.on_idle(message)
             case ReplicaStats():
                 if message.is_broken:
                     self.broken.add((message.epoch, message.replica))
@@ -254,6 +295,7 @@ class FakeMesh:
         self.is_broken = asyncio.Event()
         self.lose: Any = lambda message: False
         self.n_plans = 0
+        self.watches: list[asyncio.Task[Any]] = []
         self.nodes = {name: FakeNode(name, self) for name in names}
 
     def note_recovery(self) -> None:
@@ -276,10 +318,15 @@ class FakeMesh:
 
         Several replicas are separated by blanks: "ab cd".
         """
+        async for _ in self.commit_one_by_one(cut, "".join(self.nodes), kv_blocks=kv_blocks):
+            pass
+
+    async def commit_one_by_one(self, cut: str, order: str, *, kv_blocks: int = 64) -> AsyncIterator[str]:
+        """The same, node by node in that order unless a certificate comes first; gives each node's name."""
         self.n_plans += 1
         epoch = Epoch(ballot=Ballot(term=1, rank=0, node="a", boot=1), n=self.n_plans)
         plan = encode_plan(even_plan(cut.split(), kv_blocks, hosts=self.nodes))
-        alive = [node for node in self.nodes.values() if not node.is_cut]
+        alive = [self.nodes[name] for name in order if not self.nodes[name].is_cut]
         for node in alive:
             node.epochs.prepare(epoch, plan)
         for node in alive:
@@ -288,8 +335,13 @@ class FakeMesh:
             await loading
         cert = Cert(epoch=epoch, digest="", signature=b"")
         for node in alive:
-            node.epochs.commit(epoch, cert, 0.0)
+            node.commit(epoch, cert)
             node.gateway.routes_changed()
+            yield node.id
+
+    def cut(self, name: str) -> None:
+        """The node falls silent, and nobody is told: it is only not heard any more."""
+        self.nodes[name].is_cut = True
 
     def kill(self, name: str) -> None:
         """The node falls silent, and everyone notices."""
@@ -371,3 +423,5 @@ async def fake_mesh(names: str) -> AsyncIterator[FakeMesh]:
         yield mesh
         for node in mesh.nodes.values():
             node.epochs.close("the test is over")
+        for watch in mesh.watches:
+            watch.cancel()

@@ -11,8 +11,8 @@ import pytest
 
 from daemon.gateway import Flight
 from hexmesh.errors import InvalidInput, NotReady, TimedOut
-from hexmesh.wire.data import Generated, SampledToken, StepResult
-from tests.unit.daemon.fake_mesh import VOCABULARY, FakeMesh, answer_to, fake_mesh
+from hexmesh.wire.data import Generated, SampledToken, Step, StepResult
+from tests.unit.daemon.fake_mesh import VOCABULARY, FakeMesh, FakeWorker, answer_to, fake_mesh
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -69,6 +69,115 @@ async def test_what_ran_over_a_dead_node_is_replayed_over_the_rest_with_the_same
 
         assert await answer_while(mesh, "b", kill_and_plan) == answer_to(PROMPT, 30)
         assert mesh.n_recovered == 1
+
+
+@pytest.mark.parametrize(("victim", "left"), [("c", "ab"), ("a", "cb")], ids=["stage", "driver"])
+async def test_what_ran_over_a_node_that_is_not_heard_is_replayed_without_anyone_being_told(
+    victim: str, left: str
+) -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("abc")
+
+        async def cut_and_plan() -> None:
+            mesh.cut(victim)
+            await until(lambda: mesh.n_recovered == 1)
+            await mesh.commit(left)
+
+        assert await answer_while(mesh, "b", cut_and_plan) == answer_to(PROMPT, 30)
+
+
+async def test_a_step_between_two_nodes_that_lost_each_other_is_refused_by_the_one_that_sent_it() -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("abc")
+        mesh.lose = lambda message: isinstance(message, Step) and message.stage == 2
+        mesh.nodes["b"].hears_not = "c"
+        task = asyncio.get_running_loop().create_task(mesh.ask("a", PROMPT, 10))
+        driver = mesh.nodes["a"].driver()
+        await until(lambda: driver.broken is not None)
+        assert driver.broken == "stage 1 on b refused: the next stage's node c is not heard"
+        mesh.lose = lambda message: False
+        await mesh.commit("ab")
+        assert await task == answer_to(PROMPT, 10)
+
+
+async def test_a_worker_that_hangs_is_killed_and_its_epoch_broken_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hexmesh.serving.watchdog.FIRST_S", 0.3)
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        worker = mesh.nodes["b"].worker
+        task = asyncio.get_running_loop().create_task(mesh.ask("a", PROMPT, 20))
+        await until(lambda: worker.n_steps >= 1)
+        worker.may_run.clear()
+        await until(lambda: bool(worker.killed_because))
+        assert worker.killed_because == (
+            "stage 1 of replica r0 (layers 4-7) hung: no answer to a step of 1 token within 0.3 s"
+        )
+        worker.may_run.set()
+        await mesh.commit("ab")
+        assert await task == answer_to(PROMPT, 20)
+
+
+async def test_a_broken_replica_that_nobody_else_noticed_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("daemon.epochs.COMPLAIN_AFTER_S", 0.05)
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        mesh.nodes["a"].driver().close("stage 1 refused: for some reason")
+        await until(lambda: mesh.broken == ["stage 1 refused: for some reason"])
+
+
+async def test_a_plan_that_leaves_the_replica_as_it_is_does_not_touch_what_runs() -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("ab")
+        driver = mesh.nodes["a"].driver()
+        for at in "ac":
+            assert await answer_while(mesh, at, lambda: mesh.commit("ab")) == answer_to(PROMPT, 30)
+        assert mesh.n_recovered == 0
+        assert mesh.nodes["a"].driver() is driver
+        assert driver.steps_run <= 2 * 31
+        await until(lambda: not any(node.epochs.draining for node in mesh.nodes.values()))
+        assert [node.worker.n_pools for node in mesh.nodes.values()] == [1, 1, 0]
+        assert driver.stats(0.0).kv_blocks_free == 64
+
+
+@pytest.mark.parametrize("first", ["a", "b", "c"])
+async def test_such_a_plan_may_reach_the_hosts_one_after_the_other(first: str) -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("abc")
+
+        async def commit_slowly() -> None:
+            commits = mesh.commit_one_by_one("abc", first + "abc".replace(first, ""))
+            async for _ in commits:
+                target = mesh.nodes["a"].driver().steps_run + 3
+                await until(lambda target=target: mesh.nodes["a"].driver().steps_run >= target)  # type: ignore[misc]
+
+        assert await answer_while(mesh, "b", commit_slowly) == answer_to(PROMPT, 30)
+        assert mesh.n_recovered == 0
+        await until(lambda: not any(node.epochs.draining for node in mesh.nodes.values()))
+
+
+async def test_kv_that_a_worker_lost_is_not_taken_for_carried_over() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        b = mesh.nodes["b"]
+
+        async def lose_b_and_plan_the_same() -> None:
+            b.stages.worker_died(cast(Any, b.worker), "it was killed")
+            b.worker = FakeWorker()
+            await mesh.commit("ab")
+
+        assert await answer_while(mesh, "b", lose_b_and_plan_the_same) == answer_to(PROMPT, 30)
+        assert mesh.n_recovered == 1
+
+
+async def test_word_of_an_idle_replica_that_comes_before_the_plan_that_ends_it_is_kept() -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("ab")
+        async for node in mesh.commit_one_by_one("cb", "acb"):
+            if node == "a":  # nothing ran: its driver says so while b and c still hold the epoch as committed
+                await asyncio.sleep(0.01)
+        await until(lambda: not any(node.epochs.draining for node in mesh.nodes.values()))
 
 
 async def test_a_planned_change_lets_running_sequences_end_where_they_are() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
-
 from daemon.snapshot import _request_state
 from hexmesh.wire.control import Ballot, Epoch
 from hexmesh.wire.data import StepResult
@@ -20,8 +18,18 @@ def state_at(mesh: FakeMesh, node: str) -> str:
     return _request_state(flight, held.epoch)
 
 
-@pytest.mark.parametrize("cut", ["ab", "ba"])
-async def test_a_request_drains_then_is_replayed_then_runs(cut: str) -> None:
+async def test_a_request_in_a_replica_that_stays_does_not_drain() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        asked = asyncio.ensure_future(mesh.ask("b", PROMPT, 200))
+        await until(lambda: mesh.nodes["b"].worker.n_steps == 3)
+        assert state_at(mesh, "b") == "running"
+        await mesh.commit("ab")
+        assert state_at(mesh, "b") == "running"
+        assert await asked == answer_to(PROMPT, 200)
+
+
+async def test_a_request_drains_then_is_replayed_then_runs() -> None:
     async with fake_mesh("ab") as mesh:
         await mesh.commit("ab")
         lost = {1}
@@ -30,7 +38,7 @@ async def test_a_request_drains_then_is_replayed_then_runs(cut: str) -> None:
         await until(lambda: mesh.nodes["b"].worker.n_steps == 1)
         assert state_at(mesh, "b") == "waiting"
 
-        await mesh.commit(cut)
+        await mesh.commit("ba")
         assert state_at(mesh, "b") == "draining"
 
         lost.add(2)

@@ -30,6 +30,7 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
     residency.load(
         LoadStage(
             stage="s",
+            pool="s",
             model_dir=str(SHIPPED_MODEL),
             model_id="m",
             start=start,

@@ -11,6 +11,7 @@ from hexmesh.wire.control import LEAST_BALLOT, Epoch
 from hexmesh.wire.data import (
     Generate,
     GenerateCancel,
+    ReplicaIdle,
     ReplicaStats,
     Row,
     SamplingParams,
@@ -73,6 +74,7 @@ def may_send(message: Judged, plan: Plan | None = PLAN) -> set[str]:
         (refused(1), "b"),
         (refused(2), "c"),
         (STATS, "a"),
+        (ReplicaIdle(replica="r0", epoch=EPOCH), "a"),
         (GENERATE, "d"),
         (CANCEL, "d"),
     ],

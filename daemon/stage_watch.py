@@ -1,0 +1,101 @@
+"""Watches the steps that run in this host's workers and those it passed on: names what hangs, and ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from daemon.compute.workers import Worker
+from hexmesh.serving.watchdog import LOOK_S, SUSPECT_S, Patience, StepTimes
+from hexmesh.wire.data import Step
+
+log = logging.getLogger("hexmesh.watchdog")
+
+
+@dataclass(slots=True)
+class RunningStep:
+    """A step that a worker computes; owned by `StageWatch`."""
+
+    step: Step
+    worker: Worker
+    times: StepTimes
+    what: str
+    n_tokens: int
+    patience: Patience
+
+
+@dataclass(frozen=True, slots=True)
+class _PassedOn:
+    """The last step that a stage sent to the next one, and where."""
+
+    step: Step
+    to: str
+    patience: Patience
+
+
+class StageWatch:
+    """Owner of the waits. `run` looks at them; a worker that hangs is killed, and whoever owns it starts another."""
+
+    def __init__(
+        self,
+        *,
+        is_heard: Callable[[str], bool],
+        on_unheard: Callable[[Step, str], None],
+    ) -> None:
+        """`on_unheard(step, node)`: the step was passed on to a node that does not answer."""
+        self._is_heard = is_heard
+        self._on_unheard = on_unheard
+        self._running: dict[int, RunningStep] = {}
+        self._passed_on: dict[str, _PassedOn] = {}
+
+    def begin(self, step: Step, worker: Worker, times: StepTimes, what: str) -> RunningStep:
+        """Watch a step from now until `end`; `what` names the stage for people."""
+        n_tokens = sum(row.n_tokens for row in step.rows)
+        patience = Patience(times.deadline_s(n_tokens), time.monotonic())
+        running = RunningStep(step, worker, times, what, n_tokens, patience)
+        self._running[id(running)] = running
+        return running
+
+    def end(self, running: RunningStep, *, is_done: bool) -> None:
+        """The step came back, or never will; only what was done teaches."""
+        self._running.pop(id(running), None)
+        if is_done:
+            running.patience.spend(time.monotonic())
+            running.times.took(running.n_tokens, running.patience.spent_s)
+
+    def passed_on(self, stage: str, step: Step, to: str) -> None:
+        """A stage sent its step to the next one."""
+        self._passed_on[stage] = _PassedOn(step, to, Patience(SUSPECT_S, time.monotonic()))
+
+    def forget(self, stage: str) -> None:
+        """The stage is gone."""
+        self._passed_on.pop(stage, None)
+
+    async def run(self) -> NoReturn:
+        """Look until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            self.look(time.monotonic())
+
+    def look(self, now_s: float) -> None:
+        """Kill the workers whose steps are overdue, and report the steps that went to silent nodes."""
+        for running in list(self._running.values()):
+            running.patience.spend(now_s)
+            if running.patience.is_over:
+                self._end_hung(running)
+        for stage, passed in list(self._passed_on.items()):
+            passed.patience.spend(now_s)
+            if passed.patience.is_over and not self._is_heard(passed.to):
+                del self._passed_on[stage]
+                self._on_unheard(passed.step, passed.to)
+
+    def _end_hung(self, running: RunningStep) -> None:
+        del self._running[id(running)]
+        size = f"{running.n_tokens} token{'' if running.n_tokens == 1 else 's'}"
+        reason = f"{running.what} hung: no answer to a step of {size} within {running.patience.limit_s:.1f} s"
+        log.error("worker hung pid=%d step=%d reason=%s", running.worker.pid, running.step.step, reason)
+        running.worker.kill(reason)
