@@ -12,6 +12,7 @@ from daemon.coordinator import CoordinationLoop
 from daemon.epochs import Epochs, HeldEpoch
 from daemon.gateway import Flight, Gateway, Route
 from daemon.peering.links import LinkMonitor
+from daemon.trust.desk import TrustDesk
 from daemon.views import (
     AvailabilityView,
     Blocker,
@@ -62,6 +63,7 @@ class MeshState:
     epochs: Epochs
     gateway: Gateway
     links: LinkMonitor
+    trust: TrustDesk
     stats: dict[str, ReplicaStats]
     loop_time: Callable[[], float]
     rng: random.Random
@@ -179,6 +181,7 @@ class MeshState:
             kv_blocks=KvBlocksView(free=free, used=total - free, cached=0, leased=0),
             replicas=len(plan.replicas) if (plan := self.plan_now()) is not None else 0,
             replicas_whole=len(self._whole_replicas()),
+            certificate=self.trust.certificate(),
         )
 
     def members(self) -> list[MemberView]:
@@ -200,6 +203,7 @@ class MeshState:
                     version=record.hexmesh_version,
                     age_s=max(0.0, now_s - heard_s) if heard_s is not None else None,
                     rtt_s=None if record.node == self.node_id else self.links.rtt_s(record.node),
+                    certificate=self.trust.certificate_state(record.node),
                 )
             )
         return views
@@ -324,6 +328,7 @@ class MeshState:
     def _roles(self, node: str) -> list[str]:
         plan = self.plan_now()
         roles = ["coordinator"] if node == self.coordination.machine.coordinator else []
+        roles += ["issuer"] if self.trust.is_issuer(node) else []
         for replica, index in plan.stages_of(node) if plan is not None else ():
             roles.append(f"{replica.id} stage {index}")
         return roles

@@ -27,12 +27,14 @@ from daemon.peering.listening import listen_host
 from daemon.trust.admission import found_mesh
 from daemon.trust.attestor import Attestor
 from daemon.trust.joining import Joiner, join_mesh
+from daemon.trust.rejoining import still_member
 from daemon.trust.state import Membership, StateFolder
 from hexmesh.architectures import check_supported
 from hexmesh.cost import default_dtype
 from hexmesh.errors import InvalidInput, Refused
 from hexmesh.identity.certificates import root_sha256
 from hexmesh.identity.keys import NodeKey
+from hexmesh.identity.revocations import Revocations
 from hexmesh.identity.tokens import JoinToken, parse_token
 from hexmesh.ids import NodeId, short
 from hexmesh.model_spec import ModelSpec, model_spec_from_config
@@ -59,6 +61,8 @@ class Member:
     state: StateFolder
     membership: Membership
     attestor: Attestor
+    revocations: Revocations
+    """What was known when the process started, and is learned since."""
     model: LocalModel
     devices: tuple[DeviceSpec, ...]
     listener: socket.socket
@@ -98,7 +102,8 @@ async def _member(
         memory_bytes=options.memory_bytes,
     )
     if known is not None:
-        membership, model = known, await _find_model(options, known.model)
+        membership = await _come_back(options, state, key, dht_peer_id, address, known)
+        model = await _find_model(options, membership.model)
         progress.info("rejoining mesh %s", short(known.mesh_id), extra={"event": "rejoining"})
     elif options.founds:
         model = await _load_model(options.model, options)
@@ -109,16 +114,43 @@ async def _member(
         model = await _find_model(options, membership.model)
         progress.info("joined mesh %s", short(membership.mesh_id), extra={"event": "joined"})
     _check_dtype(options, membership)
+    revocations = Revocations(membership.root_der, await asyncio.to_thread(state.revocations))
     return Member(
         state=state,
         membership=membership,
-        attestor=Attestor(key, tuple(membership.certificates), membership.root_der),
+        attestor=Attestor(
+            key,
+            tuple(membership.certificates),
+            membership.root_der,
+            is_refused=lambda member: revocations.grounds(member) is not None,
+        ),
+        revocations=revocations,
         model=model,
         devices=devices,
         listener=listener,
         address=address,
         is_rejoined=known is not None,
     )
+
+
+async def _come_back(
+    options: JoinOptions,
+    state: StateFolder,
+    key: NodeKey,
+    dht_peer_id: str,
+    address: Address,
+    known: Membership,
+) -> Membership:
+    """The stored membership; where its certificate is good no more, a token may bring a new one."""
+    try:
+        return await asyncio.to_thread(still_member, state, known, key, datetime.now(UTC))
+    except Refused as refused:
+        if options.token is None or refused.code == "removed":
+            raise
+        progress.info("joining anew: %s", refused.message, extra={"event": "joining_anew"})
+    membership = await _join(options, key, dht_peer_id, address)
+    await asyncio.to_thread(state.save_membership, membership)
+    return membership
 
 
 async def _found(

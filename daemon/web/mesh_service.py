@@ -11,15 +11,17 @@ from prometheus_client import CollectorRegistry
 from daemon.gateway import Gateway
 from daemon.orders import NodeOrders
 from daemon.snapshot import MeshState
-from daemon.trust.admission import Admission
+from daemon.trust.desk import TrustDesk
 from daemon.views import (
     Issued,
     LinkView,
     MemberView,
     PlanView,
     Readiness,
+    Removed,
     RequestView,
     StatusView,
+    TokenView,
     TopologyView,
 )
 from daemon.web.service import GenerationPart, GenerationRequest, ServedModel
@@ -36,7 +38,7 @@ class NodeService:
         model: ServedModel,
         state: MeshState,
         gateway: Gateway,
-        admission: Admission,
+        trust: TrustDesk,
         orders: NodeOrders,
         registry: CollectorRegistry,
         ask_to_leave: Callable[[bool], None],
@@ -44,7 +46,7 @@ class NodeService:
         self._model = model
         self._state = state
         self._gateway = gateway
-        self._admission = admission
+        self._trust = trust
         self._orders = orders
         self._registry = registry
         self._ask_to_leave = ask_to_leave
@@ -94,7 +96,16 @@ class NodeService:
         return self._state.plan()
 
     async def create_token(self, *, ttl_s: float, uses: int) -> Issued:
-        return await asyncio.to_thread(self._admission.create_token, ttl_s=ttl_s, uses=uses)
+        return await asyncio.to_thread(self._trust.admission.create_token, ttl_s=ttl_s, uses=uses)
+
+    def tokens(self) -> list[TokenView]:
+        return self._trust.admission.tokens()
+
+    async def revoke_token(self, token_id: str) -> None:
+        await asyncio.to_thread(self._trust.admission.revoke_token, token_id)
+
+    async def remove_node(self, name_or_id: str) -> Removed:
+        return await self._trust.remove(name_or_id)
 
     async def replan(self, reason: str) -> None:
         self._state.coordination.replan(reason)

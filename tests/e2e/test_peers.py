@@ -385,20 +385,33 @@ async def test_unlike_clocks_are_reported(
     assert "NTP" in caplog.text
 
 
-async def test_a_removed_member_is_cut_off_and_stays_out(pair: tuple[Member, Member]) -> None:
+@pytest.mark.parametrize("is_dialler", [True, False], ids=["it-dialled", "it-was-dialled"])
+async def test_a_member_that_is_refused_by_now_is_cut_off_and_stays_out(
+    pair: tuple[Member, Member], is_dialler: bool
+) -> None:
     a, b = pair
-    async with network_of(a) as at_a, network_of(b) as at_b:
-        introduce(at_b, a)
-        at_b.send(a.node_id, note("one"), channel="data")
-        await a.until(lambda: len(a.messages) == 1)
-        at_a.remove(b.node_id)
-        await b.until(lambda: ("lost", a.node_id, "data") in b.seen)
-        b.seen.clear()
-        at_b.send(a.node_id, note("two"), channel="data")
-        await b.until(lambda: ("lost", a.node_id, "data") in b.seen)
+    refused: list[PeerRefused] = []
+    proofs: list[bytes] = []
+    events_a = replace(a.events, judge=lambda member: refused[0] if refused else None)
+    events_b = replace(b.events, on_proof=lambda proof: (proofs.append(proof), b._saw("proof")))
+    async with (
+        PeerNetwork(a.local, a.listener, events_a) as at_a,
+        PeerNetwork(b.local, b.listener, events_b) as at_b,
+    ):
+        introduce(at_b, a) if is_dialler else introduce(at_a, b)
+        one, other = (at_b, a) if is_dialler else (at_a, b)
+        one.send(other.node_id, note("one"), channel="data")
+        await other.until(lambda: len(other.messages) == 1)
+        refused.append(PeerRefused(code="removed", message="it was removed", proof=b"signed"))
+        at_a.review()
+        await b.until(lambda: any(event[:2] == ("down", a.node_id) for event in b.seen))
+        await a.until(lambda: any(event[:2] == ("down", b.node_id) for event in a.seen))
+        at_b.send(a.node_id, note("two"))
+        await b.until(lambda: proofs != [])
+        at_a.send(b.node_id, note("three"))
 
-    assert len(a.messages) == 1
-    assert at_a.peer(b.node_id) is None
+    assert set(proofs) == {b"signed"}
+    assert len(a.messages) + len(b.messages) == 1
 
 
 async def test_an_oversized_frame_closes_only_its_connection(
