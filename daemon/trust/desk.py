@@ -237,7 +237,8 @@ class TrustDesk:
         while True:
             self._mesh.review_connections()
             now = self._now()
-            for identity in self._members_up():
+            others = [self._mesh.identity_of(node) for node in self._mesh.nodes_up()]
+            for identity in (one for one in others if one is not None):
                 in_grace = identity.validity.standing(now) == "grace"
                 if in_grace and self._reminder.is_due(identity.node_id, now.timestamp()):
                     log.warning(

@@ -242,7 +242,9 @@ class FakeService:
         return Issued(token="hm1.x", join_command="hexmesh join", expires_s=ttl_s, uses=uses)
 
     def tokens(self) -> list[TokenView]:
-        return [TokenView(id="ab12", uses=2, uses_left=1, expires_s=60.0, issuer="a" * 40, redeemed_by=["b" * 40])]
+        return [
+            TokenView(id="ab12", uses=2, uses_left=1, expires_s=60.0, issuer="a" * 40, redeemed_by=["b" * 40])
+        ]
 
     async def revoke_token(self, token_id: str) -> None:
         self.calls.append(("revoke", token_id))

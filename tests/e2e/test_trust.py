@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,7 +154,9 @@ def test_a_removed_node_is_cut_off_stays_out_and_streams_go_on(mesh: LocalMesh, 
     assert stream.token_ids == expected(token_ids(QUESTION), N_TOKENS)
     code, last = ended(mesh, four)
     assert code == 4
-    assert last.startswith(f"hexmesh: node {four.node_id[:8]} was removed from the mesh; to bring the host back")
+    assert last.startswith(
+        f"hexmesh: node {four.node_id[:8]} was removed from the mesh; to bring the host back"
+    )
     for daemon in (one, two):
         assert "four" not in members(daemon)
 
@@ -169,8 +170,11 @@ def test_a_removed_node_is_cut_off_stays_out_and_streams_go_on(mesh: LocalMesh, 
     three = mesh.start("three", *FLAGS, budget)
     mesh.await_up(three)
     mesh.await_value(
-        lambda: True if "was removed" in hexmesh(three, "node", "remove", four.node_id)[1] else None
-        or ("removed already" in hexmesh(three, "node", "remove", four.node_id)[1] or None),
+        lambda: (
+            True
+            if "was removed" in hexmesh(three, "node", "remove", four.node_id)[1]
+            else None or ("removed already" in hexmesh(three, "node", "remove", four.node_id)[1] or None)
+        ),
         timeout_s=PATIENCE_S,
         what="the third node to hear of it",
     )
