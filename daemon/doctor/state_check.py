@@ -15,10 +15,12 @@ from daemon.discovery.libp2p import peer_id_of
 from daemon.doctor.finding import Finding, failed, not_run, passed, warned
 from daemon.peering.tls import client_context
 from daemon.runfile import ADMIN_KEY_FILE, Run
+from daemon.trust.removals import refusal_of
 from daemon.trust.state import Membership, StateFolder
 from hexmesh.errors import HexmeshError, InvalidInput
 from hexmesh.identity.certificates import MemberIdentity, verify_member
 from hexmesh.identity.keys import NodeKey
+from hexmesh.identity.revocations import Revocations
 from hexmesh.ids import short
 from hexmesh.units import show_bytes
 
@@ -104,10 +106,13 @@ def check_certificate(path: Path, stored: Stored, now: datetime) -> Finding:
         return not_run(check, "there is no membership with its key")
     try:
         identity = verify_member(membership.certificates, membership.root_der, now)
+        refusal = refusal_of(Revocations(membership.root_der, StateFolder(path).revocations()), identity)
     except HexmeshError as error:
         if error.code == "certificate_expired" and membership.issuer_der:
             return passed(check, "expired; this node is an issuer and renews it when it starts")
         return failed(check, error.message, error.next_step)
+    if refusal is not None:
+        return failed(check, refusal.message, refusal.next_step)
     if identity.node_id != stored.key.node_id:
         return failed(
             check,
@@ -122,12 +127,12 @@ def check_certificate(path: Path, stored: Stored, now: datetime) -> Finding:
         client_context(StateFolder(path).tls_files(membership))
     except OSError as error:  # ssl.SSLError is one
         return failed(check, f"TLS does not take {path / 'certificate.pem'}: {error}", _AGAIN)
-    return _check_age(identity, now)
+    return _check_age(identity, now, is_issuer=bool(membership.issuer_der))
 
 
-def _check_age(identity: MemberIdentity, now: datetime) -> Finding:
+def _check_age(identity: MemberIdentity, now: datetime, *, is_issuer: bool) -> Finding:
     check, validity = "certificate", identity.validity
-    if identity.is_issuer:
+    if is_issuer:
         return passed(
             check, f"an issuer's own, renewed at each start; valid until {_moment(validity.expires_at)}"
         )

@@ -24,8 +24,14 @@ def still_member(state: StateFolder, known: Membership, key: NodeKey, now: datet
     refusal = refusal_of(revocations, identity)
     if refusal is not None and refusal.code == "removed":
         raise Refused(refusal.message, code=refusal.code, next_step=refusal.next_step)
+    if identity.node_id != key.node_id:
+        raise Refused(
+            "the stored certificate belongs to another key",
+            code="bad_certificate",
+            next_step="restore the state folder as a whole; never copy one node's folder to another",
+        )
     issuer = state.issuer()
-    if issuer is not None and identity.node_id == key.node_id:
+    if issuer is not None:
         if identity.is_issuer and identity.validity.standing(now) == "fresh":
             return known
         renewed = msgspec.structs.replace(known, certificates=[issuer.renew(identity, now), *issuer.chain])
