@@ -186,9 +186,9 @@ class Node:
         for node in nodes:
             identity = self._roster.identity(node)
             self._network.forget(node)
-            self._on_channel_lost(node, "data", "it was removed from the mesh")
-            self._on_peer_gone(node)
             self._coordination.peer_forgotten(node)
+            self._on_channel_lost(node, "data", "it was removed from the mesh")
+            self._reporter.node_lost(node, "it was removed from the mesh")
             self._links.forget(node)
             self._roster.forget(node)
             if identity is not None:

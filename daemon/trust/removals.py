@@ -46,6 +46,7 @@ class Removals:
         self._on_revoked = on_revoked
         self._now_unix_s = now_unix_s
         self._changed = asyncio.Event()
+        self._saving = asyncio.Lock()
 
     @property
     def revoked(self) -> frozenset[NodeId]:
@@ -97,7 +98,8 @@ class Removals:
 
     async def save(self) -> None:
         """Write down what is known. Raises HexmeshError."""
-        await asyncio.to_thread(self._state.save_revocations, self._revocations.signed())
+        async with self._saving:
+            await asyncio.to_thread(self._state.save_revocations, self._revocations.signed())
 
     async def run(self) -> NoReturn:
         """Keep on disk what was heard."""

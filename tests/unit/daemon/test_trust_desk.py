@@ -202,20 +202,25 @@ def world(tmp_path: Path) -> Iterator[World]:
         yield made
 
 
-async def ask_to_join(world: World, by: Node, key: NodeKey, name: str) -> JoinAccepted | JoinRefused:
-    """A stranger with a token of `by` asks it."""
-    issued = by.desk.admission.create_token(ttl_s=60, uses=1)
-    request = JoinRequest(
+def request_to_join(
+    world: World, issuer: NodeId, secret: bytes, key: NodeKey, name: str = "x"
+) -> JoinRequest:
+    return JoinRequest(
         protocol_version=PROTOCOL_VERSION,
         hexmesh_version="x",
-        issuer=by.id,
-        secret=parse_token(issued.token).secret,
+        issuer=issuer,
+        secret=secret,
         csr=request_certificate(key),
         dht_peer_id=f"12D3{name}",
         name=name,
         clock_unix_s=world.clock().timestamp(),
     )
-    return await by.desk.admit(request)
+
+
+async def ask_to_join(world: World, by: Node, key: NodeKey, name: str) -> JoinAccepted | JoinRefused:
+    """A stranger with a token of `by` asks it."""
+    token = parse_token(by.desk.admission.create_token(ttl_s=60, uses=1).token)
+    return await by.desk.admit(request_to_join(world, by.id, token.secret, key, name))
 
 
 async def join(world: World, name: str, by: str = "a") -> Node:
@@ -265,6 +270,52 @@ async def test_the_first_three_become_issuers_and_admit(world: World) -> None:
         with pytest.raises(NotReady, match="no issuer") as refusal:
             d.desk.admission.create_token(ttl_s=1, uses=1)
         assert f"node b ({b.id[:8]})" in refusal.value.next_step
+
+
+async def test_a_token_is_redeemed_by_the_issuer_that_minted_it_alone(world: World) -> None:
+    async with AsyncExitStack() as stack:
+        b, c = await grow(world, "bc", stack)
+        token = parse_token(b.desk.admission.create_token(ttl_s=60, uses=1).token)
+        key = NodeKey.generate()
+        referred = await c.desk.admit(request_to_join(world, b.id, b"", key))
+        claimed = await c.desk.admit(request_to_join(world, c.id, token.secret, key))
+        b.is_up = False
+        orphaned = await c.desk.admit(request_to_join(world, b.id, b"", key))
+
+    assert isinstance(referred, JoinRefused)
+    assert (referred.code, referred.issuer_address) == ("other_issuer", "b:7701")
+    assert isinstance(claimed, JoinRefused)
+    assert claimed.code == "token_unknown"
+    assert isinstance(orphaned, JoinRefused)
+    assert (orphaned.code, orphaned.issuer_address) == ("other_issuer", "")
+    a = world.node("a")
+    assert orphaned.next_step.endswith(
+        f"`hexmesh token create` on node c ({c.id[:8]}) or node a ({a.id[:8]})"
+    )
+
+
+async def test_tokens_are_listed_without_secrets_and_can_be_revoked(world: World) -> None:
+    a = world.node("a")
+    first = parse_token(a.desk.admission.create_token(ttl_s=60, uses=3).token)
+    a.desk.admission.create_token(ttl_s=600, uses=1)
+    key = NodeKey.generate()
+    await a.desk.admit(request_to_join(world, a.id, first.secret, key))
+    listed = a.desk.admission.tokens()
+
+    assert [(one.uses, one.uses_left, one.expires_s, one.issuer) for one in listed] == [
+        (3, 2, 60, a.id),
+        (1, 1, 600, a.id),
+    ]
+    assert listed[0].redeemed_by == [key.node_id]
+    assert first.secret.hex() not in str(listed)
+    a.desk.admission.revoke_token(listed[0].id)
+    a.start()
+    refused = await a.desk.admit(request_to_join(world, a.id, first.secret, NodeKey.generate()))
+    assert isinstance(refused, JoinRefused)
+    assert refused.message == "the token was revoked"
+    assert [one.id for one in a.desk.admission.tokens()] == [listed[1].id]
+    with pytest.raises(InvalidInput, match="no token"):
+        a.desk.admission.revoke_token("ab12")
 
 
 async def test_an_issuer_keeps_its_right_over_a_restart(world: World) -> None:
