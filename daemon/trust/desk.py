@@ -252,12 +252,11 @@ class TrustDesk:
 
     def _answer(self, src: NodeId, message: Renew) -> Renewed | RenewRefused:
         """A member may renew its own certificate only; it proved to hold the key when it connected."""
-        member = self._mesh.identity_of(src)
         try:
             shown = self.credentials.identify(message.chain)
         except Refused as error:
             return RenewRefused(code=error.code, message=error.message, next_step=error.next_step)
-        if shown.node_id != src or (member is not None and member.dht_peer_id != shown.dht_peer_id):
+        if shown.node_id != src:
             return RenewRefused(
                 code="bad_certificate", message="this is not the certificate of the one who asks"
             )

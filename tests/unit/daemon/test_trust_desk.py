@@ -502,3 +502,7 @@ async def test_what_a_removed_issuer_had_revoked_stays_revoked(world: World) -> 
         await a.desk.remove("b")
         await until(lambda: b.id in c.removed)
         assert c.desk.removals.revoked == {b.id, d.id}
+        b.desk.removals.learn(c.desk.removals.judge(b.attestor.identity).proof)  # type: ignore[union-attr]
+        await b.desk.close()
+    with pytest.raises(Refused, match="was removed"):  # it could renew its own certificate
+        b.start()
