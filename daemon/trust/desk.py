@@ -126,7 +126,10 @@ class TrustDesk:
 
     async def close(self) -> None:
         """Write down what was heard last."""
-        await self.removals.save()
+        try:
+            await self.removals.save()
+        except HexmeshError as error:
+            log.error("revocations not saved reason=%s", error.one_line())
 
     # --- what peers say ---
 

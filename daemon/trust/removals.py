@@ -47,6 +47,7 @@ class Removals:
         self._now_unix_s = now_unix_s
         self._changed = asyncio.Event()
         self._saving = asyncio.Lock()
+        self._on_disk = revocations.signed()
 
     @property
     def revoked(self) -> frozenset[NodeId]:
@@ -99,7 +100,10 @@ class Removals:
     async def save(self) -> None:
         """Write down what is known. Raises HexmeshError."""
         async with self._saving:
-            await asyncio.to_thread(self._state.save_revocations, self._revocations.signed())
+            signed = self._revocations.signed()
+            if signed != self._on_disk:
+                await asyncio.to_thread(self._state.save_revocations, signed)
+                self._on_disk = signed
 
     async def run(self) -> NoReturn:
         """Keep on disk what was heard."""
