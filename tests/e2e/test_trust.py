@@ -71,15 +71,16 @@ def certificate(daemon: LocalDaemon) -> MemberIdentity:
     return read_member(membership.certificates[0])
 
 
-def await_renewal(mesh: LocalMesh, daemon: LocalDaemon, times: int = 1) -> None:
-    for _ in range(times):
-        before = certificate(daemon)
-        mesh.await_value(
-            lambda before=before: True if certificate(daemon).not_after > before.not_after else None,  # type: ignore[misc]
-            timeout_s=PATIENCE_S,
-            what=f"the certificate of {daemon.name} to be renewed",
-            living=[daemon],
-        )
+def await_renewals(mesh: LocalMesh, *daemons: LocalDaemon, times: int = 2) -> None:
+    """Wait until each has shown so many new certificates."""
+    seen = {daemon.name: {certificate(daemon).not_after} for daemon in daemons}
+
+    def are_renewed() -> bool | None:
+        for daemon in daemons:
+            seen[daemon.name].add(certificate(daemon).not_after)
+        return True if all(len(ends) > times for ends in seen.values()) else None
+
+    mesh.await_value(are_renewed, timeout_s=PATIENCE_S, what="certificates to be renewed", living=daemons)
 
 
 def hexmesh(daemon: LocalDaemon, *args: str) -> tuple[int, str]:
@@ -112,8 +113,7 @@ def test_certificates_renew_in_a_live_mesh_and_no_connection_is_dropped(mesh: Lo
     stream = Stream(mesh.daemons[3].client, token_ids(QUESTION), N_TOKENS)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(stream.run)
-        for daemon in mesh.daemons:
-            await_renewal(mesh, daemon, times=2)
+        await_renewals(mesh, *mesh.daemons)
         assert answer.result(timeout=PATIENCE_S) == expected(token_ids(QUESTION), N_TOKENS)
 
     issuers = {daemon.node_id for daemon in mesh.daemons[:3]}
@@ -199,7 +199,7 @@ def test_the_mesh_goes_on_when_its_founder_is_gone_for_good(mesh: LocalMesh, bud
     five = mesh.start("five", *FLAGS, budget, token=left[1].fresh_token(), peer=through)
     mesh.await_up(five)
     mesh.await_ready([*left, five])
-    await_renewal(mesh, five, times=2)
+    await_renewals(mesh, five)
     assert certificate(five).issuer_id in {daemon.node_id for daemon in left}
     stream = Stream(five.client, token_ids(QUESTION), 60)
     assert stream.run() == expected(token_ids(QUESTION), 60)
