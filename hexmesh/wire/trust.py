@@ -13,7 +13,7 @@ from hexmesh.identity.revocations import MAX_REVOCATION_BYTES
 from hexmesh.wire.peering import Sentence, Text
 
 _Certificate = Annotated[bytes, msgspec.Meta(max_length=4096)]
-Chain = Annotated[tuple[_Certificate, ...], msgspec.Meta(min_length=1, max_length=4)]
+Chain = Annotated[tuple[_Certificate, ...], msgspec.Meta(max_length=4)]
 
 
 class Appointed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
