@@ -28,6 +28,7 @@ DHT_PORT = 7702
 CONFIG_NAME = "hexmesh.toml"
 
 _MIN_MEMORY_BYTES = 2**20
+_MAX_NAME = 256
 _DTYPES = ("float32", "bfloat16", "float16")
 _LOG_FORMATS = ("text", "json")
 _METRICS_ALIASES = ("vllm",)
@@ -74,8 +75,7 @@ class JoinOptions:
     metrics_alias: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.name.strip():
-            raise InvalidInput("the node's name is empty", next_step="give --name N")
+        self._check_names()
         if not self.device or ("auto" in self.device and len(self.device) > 1):
             raise InvalidInput(
                 f"--device {','.join(self.device)!r} mixes auto with others",
@@ -93,6 +93,24 @@ class JoinOptions:
     def founds(self) -> bool:
         """Whether a node without a stored membership would found a mesh."""
         return self.peer is None and self.token is None
+
+    def _check_names(self) -> None:
+        """Names end up in others' logs and terminals."""
+        if not self.name.strip():
+            raise InvalidInput("the node's name is empty", next_step="give --name N")
+        for flag, name in (
+            ("--name", self.name),
+            ("--site", self.site),
+            ("--served-name", self.served_name or ""),
+        ):
+            if len(name) > _MAX_NAME:
+                raise InvalidInput(
+                    f"{flag} has {len(name)} characters, over {_MAX_NAME}", next_step="give a shorter one"
+                )
+            if not name.isprintable():
+                raise InvalidInput(
+                    f"{flag} {name!r} has characters that cannot be printed", next_step="give another"
+                )
 
     def _check_ports(self) -> None:
         ports = {"--http-port": self.http_port, "--peer-port": self.peer_port, "--dht-port": self.dht_port}

@@ -18,7 +18,8 @@ from daemon.gateway import Gateway
 from daemon.orders import NodeOrders
 from daemon.peering.links import LinkMonitor
 from daemon.stages import StageHost
-from hexmesh.ids import short
+from daemon.trust.desk import TrustDesk
+from hexmesh.ids import NodeId, short
 from hexmesh.serving.senders import sender_fault
 from hexmesh.wire.codec import Codec
 from hexmesh.wire.control import (
@@ -59,6 +60,7 @@ from hexmesh.wire.facts import (
 )
 from hexmesh.wire.notice import NOTICE_MESSAGE, PlanBlocked
 from hexmesh.wire.orders import ORDER_MESSAGE, NodeOrder, NodeReply
+from hexmesh.wire.trust import TRUST_MESSAGE, Appointed, Renew, Renewed, RenewRefused, Revoked
 
 log = logging.getLogger("hexmesh.dispatch")
 
@@ -67,10 +69,12 @@ DEAF_S = 0.1
 
 DataMessage = DATA_MESSAGE
 FactsMessage = FACTS_MESSAGE
-PeerMessage = ControlMessage | DataMessage | FactsMessage | PlanBlocked | NodeOrder | NodeReply
+TrustMessage = TRUST_MESSAGE
+PeerMessage = ControlMessage | DataMessage | FactsMessage | TrustMessage | PlanBlocked | NodeOrder | NodeReply
 
 PEER_MESSAGES: Codec[PeerMessage] = Codec(
-    CONTROL_MESSAGE | DATA_MESSAGE | FACTS_MESSAGE | NOTICE_MESSAGE | ORDER_MESSAGE, name="peer"
+    CONTROL_MESSAGE | DATA_MESSAGE | FACTS_MESSAGE | TRUST_MESSAGE | NOTICE_MESSAGE | ORDER_MESSAGE,
+    name="peer",
 )
 """Everything that members send each other once both have greeted."""
 
@@ -87,6 +91,7 @@ class Dispatcher:
     links: LinkMonitor
     roster: Roster
     orders: NodeOrders
+    trust: TrustDesk
     stats: dict[str, ReplicaStats]
     complaints: Complaints = field(default_factory=Complaints)
     _deaf_until_s: dict[str, float] = field(default_factory=dict)
@@ -122,6 +127,8 @@ class Dispatcher:
                 self._on_facts(src, known)
             case Ping() | Pong() | ProbeAsk() | ProbeAnswer() | ProbeChunk() | ProbeReport() | ProbeEnd():
                 self.links.receive(src, known, payload)
+            case Appointed() | Renew() | Renewed() | RenewRefused() | Revoked():
+                self.trust.receive(NodeId(src), known)
             case PlanBlocked():
                 if src == self.coordination.machine.coordinator:
                     self.coordination.note_blocked(known)

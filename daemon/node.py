@@ -50,7 +50,7 @@ from daemon.runfile import Run, remove_run, write_run
 from daemon.service_group import ServiceGroup
 from daemon.snapshot import MeshState
 from daemon.stages import ModelFiles, StageHost
-from daemon.trust.admission import Admission
+from daemon.trust.desk import TrustDesk
 from daemon.trust.founding import Member, become_member
 from daemon.trust.ports import Ports, port_to_bind
 from daemon.upkeep import Upkeep
@@ -61,7 +61,8 @@ from daemon.web.mesh_service import NodeService, blocker_error
 from daemon.web.service import ServedModel
 from daemon.web.telemetry import Telemetry
 from hexmesh import __version__
-from hexmesh.errors import Busy, Lost, NotReady
+from hexmesh.errors import Busy, Lost, NotReady, Refused
+from hexmesh.identity.certificates import MemberIdentity
 from hexmesh.ids import NodeId, new_boot
 from hexmesh.membership.coordination import Coordination
 from hexmesh.membership.records import DeviceFacts, NodeRecord
@@ -72,6 +73,7 @@ from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import ReplicaStats
 from hexmesh.wire.facts import Facts
 from hexmesh.wire.peering import PROTOCOL_VERSION, MemberAddress
+from hexmesh.wire.trust import TrustMessage
 from hexmesh.workload import Workload
 
 log = logging.getLogger("hexmesh.node")
@@ -101,6 +103,7 @@ class Node:
         self._loop = asyncio.get_running_loop()
         self._leave_asked = asyncio.Event()
         self._forgets = False
+        self._cast_out: Refused | None = None
         self._facts: tuple[DeviceFacts, ...] = ()
         self._a_peer_is_up = asyncio.Event()
         self._ports = member.state.ports()
@@ -121,7 +124,8 @@ class Node:
             self._start_services(group)
             with self._signals_ask_to_leave():
                 await self._leave_asked.wait()
-                await drain(self._state, self._upkeep)
+                if self._cast_out is None:
+                    await drain(self._state, self._upkeep)
             self._gateway.end_all(
                 NotReady(
                     "this node left before the answer was complete",
@@ -129,8 +133,11 @@ class Node:
                     next_step="send the request again to another peer",
                 )
             )
+            await self._trust.close()
             self._epochs.close("this node is leaving")
             await self._network.flush(1.0)
+        if self._cast_out is not None:
+            raise self._cast_out
         if self._forgets:
             await asyncio.to_thread(self._member.state.forget)
         progress.info("left the mesh for good" if self._forgets else "stopped; the same command rejoins")
@@ -158,6 +165,52 @@ class Node:
             return False
         return True
 
+    # --- what trust needs to know of the mesh, and what follows from its verdicts ---
+
+    def send_trust(self, node: NodeId, message: TrustMessage) -> None:
+        self.send(node, message, channel="control")
+
+    def nodes_up(self) -> list[NodeId]:
+        return [peer.node_id for peer in self._network.peers() if peer.is_up]
+
+    def member_addresses(self) -> list[MemberAddress]:
+        return [
+            MemberAddress(
+                node_id=record.node,
+                name=record.name,
+                address=record.peer_address,
+                dht_maddrs=list(record.dht_maddrs),
+            )
+            for record in self._roster.directory.records()
+        ]
+
+    def identity_of(self, node: str) -> MemberIdentity | None:
+        return self._roster.identity(node)
+
+    def on_certificate_renewed(self) -> None:
+        self._network.reload_certificate()
+        self._publisher.touch()
+
+    def on_nodes_removed(self, nodes: frozenset[NodeId]) -> None:
+        for node in nodes:
+            identity = self._roster.identity(node)
+            self._network.forget(node)
+            self._coordination.peer_forgotten(node)
+            self._on_channel_lost(node, "data", "it was removed from the mesh")
+            self._reporter.node_lost(node, "it was removed from the mesh")
+            self._links.forget(node)
+            self._roster.forget(node)
+            if identity is not None:
+                self._dht.forget_peer(identity.dht_peer_id)
+        self.review_connections()
+
+    def review_connections(self) -> None:
+        self._network.review()
+
+    def cast_out(self, reason: Refused) -> None:
+        self._cast_out = reason
+        self._leave_asked.set()
+
     # --- composition ---
 
     def _make_network(self) -> PeerNetwork:
@@ -169,17 +222,17 @@ class Node:
             address=str(member.address),
             tls=member.state.tls_files(member.membership),
         )
-        self._admission = Admission(
-            member.state, member.membership, member.node_id, str(member.address), self._member_addresses
-        )
+        self._trust = TrustDesk(member, self)
         events = PeerEvents(
             on_message=lambda peer, message, payload: self._dispatcher.on_message(peer, message, payload),
             on_peer_up=self._on_peer_up,
             on_peer_down=self._on_peer_down,
             on_refused=self._on_peer_gone,
             on_channel_lost=self._on_channel_lost,
-            admit=self._admission.admit,
             on_bulk=lambda sock: self._weights.server.serve(sock),
+            admit=self._trust.admit,
+            judge=self._trust.judge,
+            on_proof=self._trust.removals.learn,
         )
         return PeerNetwork(local, member.listener, events, decode=PEER_MESSAGES.decode)
 
@@ -313,6 +366,7 @@ class Node:
             gateway=self._gateway,
             links=self._links,
             weights=self._weights,
+            trust=self._trust,
             stats=stats,
             loop_time=self._loop.time,
             rng=self._rng,
@@ -337,6 +391,7 @@ class Node:
             links=self._links,
             roster=self._roster,
             orders=self._orders,
+            trust=self._trust,
             stats=stats,
         )
         self._reporter = Reporter(
@@ -359,7 +414,7 @@ class Node:
             state=self._state,
             weights=self._weights,
             gateway=self._gateway,
-            admission=self._admission,
+            trust=self._trust,
             orders=self._orders,
             registry=self._telemetry.registry,
             ask_to_leave=self._ask_to_leave,
@@ -381,8 +436,8 @@ class Node:
         stack.callback(remove_run, options.state_dir, os.getpid())
         self._remember_ports(http.port)
         issued = None
-        if self._admission.may_admit:
-            issued = self._admission.create_token(ttl_s=FIRST_TOKEN_TTL_S, uses=FIRST_TOKEN_USES)
+        if self._trust.admission.may_admit:
+            issued = self._trust.admission.create_token(ttl_s=FIRST_TOKEN_TTL_S, uses=FIRST_TOKEN_USES)
         progress.info("serving HTTP at %s", http.url, extra={"event": "up"})
         if member.address.is_loopback:
             progress.info("only this machine can join; use --listen")
@@ -410,6 +465,7 @@ class Node:
         group.create_task(self._publisher.run(), name="publish-facts")
         group.create_task(self._links.run(), name="measure-links")
         group.create_task(self._dht.run(), name="dht")
+        group.create_task(self._trust.run(), name="trust")
         group.create_task(self._reporter.run(), name="report")
         group.create_task(self._stages.watch.run(), name="watch-steps")
         group.create_task(self._keep_members(), name="keep-members")
@@ -429,15 +485,10 @@ class Node:
 
     async def _keep_members(self) -> NoReturn:
         """Keep on disk whom to dial after a restart, and where this node can be dialled."""
-        saved = self._member.membership
         while True:
             await asyncio.sleep(KEEP_MEMBERS_S)
             await asyncio.to_thread(self._remember_ports, self._ports.http)
-            members = self._member_addresses()
-            if members != saved.members:
-                maddrs = [maddr for member in members for maddr in member.dht_maddrs]
-                saved = msgspec.structs.replace(saved, members=members, dht_initial_peers=maddrs)
-                await asyncio.to_thread(self._member.state.save_membership, saved)
+            await self._trust.credentials.remember(self.member_addresses())
 
     async def _take_part(self) -> None:
         """Measure, tell, then take part: a node that plans cannot use takes no leases."""
@@ -469,6 +520,8 @@ class Node:
     # --- what happens to peers ---
 
     def _on_address(self, node: str, host: str, port: int) -> None:
+        if node in self._trust.removals.revoked:
+            return
         self._network.learn_address(NodeId(node), host, port)
         self._network.connect(NodeId(node))
         self._coordination.peer_reachable(node)
@@ -482,6 +535,7 @@ class Node:
     def _on_peer_up(self, node: str) -> None:
         for signed in self._roster.directory.signed():
             self.send(node, Facts(record=signed), channel="control")
+        self._trust.peer_up(NodeId(node))
         self._links.connected(node)
         self._a_peer_is_up.set()
 
@@ -548,17 +602,6 @@ class Node:
         for peer in self._network.peers():
             if peer.is_up:
                 self.send(peer.node_id, Facts(record=signed), channel="control")
-
-    def _member_addresses(self) -> list[MemberAddress]:
-        return [
-            MemberAddress(
-                node_id=record.node,
-                name=record.name,
-                address=record.peer_address,
-                dht_maddrs=list(record.dht_maddrs),
-            )
-            for record in self._roster.directory.records()
-        ]
 
     # --- leaving ---
 

@@ -14,6 +14,7 @@ from daemon.gateway import Flight, Gateway, Route
 from daemon.models.node_weights import NodeWeights
 from daemon.models.weight_fetch import FetchProgress
 from daemon.peering.links import LinkMonitor
+from daemon.trust.desk import TrustDesk
 from daemon.views import (
     AvailabilityView,
     Blocker,
@@ -66,6 +67,7 @@ class MeshState:
     gateway: Gateway
     links: LinkMonitor
     weights: NodeWeights
+    trust: TrustDesk
     stats: dict[str, ReplicaStats]
     loop_time: Callable[[], float]
     rng: random.Random
@@ -196,6 +198,7 @@ class MeshState:
             replicas=len(plan.replicas) if (plan := self.plan_now()) is not None else 0,
             replicas_whole=len(self._whole_replicas()),
             weights=_weights_view(self.weights.progress) if self.weights.progress is not None else None,
+            certificate=self.trust.certificate(),
         )
 
     def members(self) -> list[MemberView]:
@@ -217,6 +220,7 @@ class MeshState:
                     version=record.hexmesh_version,
                     age_s=max(0.0, now_s - heard_s) if heard_s is not None else None,
                     rtt_s=None if record.node == self.node_id else self.links.rtt_s(record.node),
+                    certificate=self.trust.certificate_state(record.node),
                 )
             )
         return views
@@ -341,6 +345,7 @@ class MeshState:
     def _roles(self, node: str) -> list[str]:
         plan = self.plan_now()
         roles = ["coordinator"] if node == self.coordination.machine.coordinator else []
+        roles += ["issuer"] if self.trust.is_issuer(node) else []
         for replica, index in plan.stages_of(node) if plan is not None else ():
             roles.append(f"{replica.id} stage {index}")
         return roles

@@ -119,6 +119,20 @@ class TopologyView(msgspec.Struct, frozen=True, kw_only=True):
     unused: list[UnusedView]
 
 
+CertificateState = Literal["valid", "grace", "expired"]
+"""grace: it should have been renewed; members accept it for a week all the same."""
+
+
+class CertificateView(msgspec.Struct, frozen=True, kw_only=True):
+    """This node's certificate: its state, what is left of its day and of its grace, and who issued it."""
+
+    state: CertificateState
+    expires_s: float
+    refused_s: float
+    issuer: str | None
+    """A node's id; null: the root."""
+
+
 class MemberView(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     name: str
@@ -131,6 +145,7 @@ class MemberView(msgspec.Struct, frozen=True, kw_only=True):
     """Since it was heard last; null if never, or if its host has refused connections since."""
     rtt_s: float | None
     availability: AvailabilityView = "active"
+    certificate: CertificateState | None = None
 
 
 class KvBlocksView(msgspec.Struct, frozen=True, kw_only=True):
@@ -207,6 +222,7 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     """Those of which all nodes answer and the driver runs; one is enough to be ready."""
     weights: WeightsView | None = None
     """While weights are fetched here."""
+    certificate: CertificateView | None = None
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):
@@ -257,6 +273,25 @@ class Issued(msgspec.Struct, frozen=True, kw_only=True):
     join_command: str
     expires_s: float
     uses: int
+
+
+class TokenView(msgspec.Struct, frozen=True, kw_only=True):
+    """A join token that still admits somebody; never its secret. `issuer` minted it and alone redeems it."""
+
+    id: str
+    uses: int
+    uses_left: int
+    expires_s: float
+    issuer: str
+    redeemed_by: list[str]
+    """Node ids that joined with it."""
+
+
+class Removed(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that is no member any more."""
+
+    id: str
+    name: str
 
 
 class UpLine(msgspec.Struct, frozen=True, kw_only=True):

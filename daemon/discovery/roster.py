@@ -12,7 +12,7 @@ from daemon.complaints import Complaints
 from daemon.peering.address import parse_address
 from daemon.trust.attestor import Attestor
 from hexmesh.errors import HexmeshError, Refused
-from hexmesh.identity.keys import verify
+from hexmesh.identity.certificates import MemberIdentity
 from hexmesh.ids import short
 from hexmesh.membership.records import Directory, NodeRecord, SignedRecord, open_record, record_head
 
@@ -22,7 +22,7 @@ _SIGNED = msgspec.msgpack.Decoder(SignedRecord)
 
 
 class Roster:
-    """Owner of the directory and of the members' public keys."""
+    """Owner of the directory and of what the members' certificates say."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Roster:
         self._attestor = attestor
         self._on_address = on_address
         self._on_change = on_change
-        self._keys = {attestor.node_id: attestor.identity.public_bytes}
+        self._identities: dict[str, MemberIdentity] = {}
         self._complaints = Complaints()
 
     def learn(self, signed: bytes) -> bool:
@@ -62,15 +62,26 @@ class Roster:
         if not self.directory.merge(known):
             return True
         record = known.record
-        self._keys[record.node] = self._attestor.identify(_SIGNED.decode(signed).chain).public_bytes
+        self._identities[record.node] = self._attestor.identify(_SIGNED.decode(signed).chain)
         self._note_address(record)
         self._on_change(record)
         return True
 
     def has_signed(self, node: str, payload: bytes, signature: bytes) -> bool:
         """Whether `node`, as far as it is known here, signed exactly this payload."""
-        key = self._keys.get(node)
-        return key is not None and verify(key, payload, signature)
+        identity = self.identity(node)
+        return identity is not None and identity.has_signed(payload, signature)
+
+    def identity(self, node: str) -> MemberIdentity | None:
+        """Whom the certificate of the node's newest record names; None for a node that is not known."""
+        if node == self._attestor.node_id:
+            return self._attestor.identity
+        return self._identities.get(node)
+
+    def forget(self, node: str) -> None:
+        """The node was removed: its record and its word count no more."""
+        self._identities.pop(node, None)
+        self.directory.forget(node)
 
     def _note_address(self, record: NodeRecord) -> None:
         if record.node == self._attestor.node_id:

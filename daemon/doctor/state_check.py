@@ -8,17 +8,19 @@ import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 from daemon.discovery.libp2p import peer_id_of
 from daemon.doctor.finding import Finding, failed, not_run, passed, warned
 from daemon.peering.tls import client_context
 from daemon.runfile import ADMIN_KEY_FILE, Run
+from daemon.trust.removals import refusal_of
 from daemon.trust.state import Membership, StateFolder
 from hexmesh.errors import HexmeshError, InvalidInput
-from hexmesh.identity.certificates import verify_member
+from hexmesh.identity.certificates import MemberIdentity, verify_member
 from hexmesh.identity.keys import NodeKey
+from hexmesh.identity.revocations import Revocations
 from hexmesh.ids import short
 from hexmesh.units import show_bytes
 
@@ -27,7 +29,6 @@ _SECRETS = (_NODE_KEY, "authority.key", _DHT_KEY, ADMIN_KEY_FILE)
 _OTHERS = 0o077
 _LEAST_FREE_BYTES = 16 * 2**20
 _LITTLE_FREE_BYTES = 256 * 2**20
-_EXPIRES_SOON = timedelta(days=30)
 _AGAIN = "restore it from a backup, or delete the folder and join again with a new token"
 
 
@@ -81,6 +82,8 @@ def read_stored(path: Path) -> tuple[Stored, Finding]:
     try:
         folder.ledger()
         folder.highest_term()
+        folder.revocations()
+        folder.appointed()
         _read(path / ADMIN_KEY_FILE)
         _check_dht_key(path)
     except HexmeshError as error:
@@ -103,8 +106,13 @@ def check_certificate(path: Path, stored: Stored, now: datetime) -> Finding:
         return not_run(check, "there is no membership with its key")
     try:
         identity = verify_member(membership.certificates, membership.root_der, now)
+        refusal = refusal_of(Revocations(membership.root_der, StateFolder(path).revocations()), identity)
     except HexmeshError as error:
+        if error.code == "certificate_expired" and membership.issuer_der:
+            return passed(check, "expired; this node is an issuer and renews it when it starts")
         return failed(check, error.message, error.next_step)
+    if refusal is not None:
+        return failed(check, refusal.message, refusal.next_step)
     if identity.node_id != stored.key.node_id:
         return failed(
             check,
@@ -119,13 +127,22 @@ def check_certificate(path: Path, stored: Stored, now: datetime) -> Finding:
         client_context(StateFolder(path).tls_files(membership))
     except OSError as error:  # ssl.SSLError is one
         return failed(check, f"TLS does not take {path / 'certificate.pem'}: {error}", _AGAIN)
-    if identity.not_after - now < _EXPIRES_SOON:
+    return _check_age(identity, now, is_issuer=bool(membership.issuer_der))
+
+
+def _check_age(identity: MemberIdentity, now: datetime, *, is_issuer: bool) -> Finding:
+    check, validity = "certificate", identity.validity
+    if is_issuer:
+        return passed(
+            check, f"an issuer's own, renewed at each start; valid until {_moment(validity.expires_at)}"
+        )
+    if validity.standing(now) == "grace":
         return warned(
             check,
-            f"expires at {identity.not_after:%Y-%m-%d}; nothing renews it",
-            "leave --forget and join again with a new token before that",
+            f"expired at {_moment(validity.expires_at)}; others accept it until {_moment(validity.refused_at)}",
+            "start this node while an issuer is up: it renews the certificate",
         )
-    return passed(check, f"valid until {identity.not_after:%Y-%m-%d}")
+    return passed(check, f"valid until {_moment(validity.expires_at)}, renewed while the daemon runs")
 
 
 def check_disk(path: Path, free_bytes: Callable[[Path], int]) -> Finding:
@@ -214,6 +231,10 @@ def _read(path: Path) -> bytes | None:
         return None
     except OSError as error:
         raise InvalidInput(f"{path} cannot be read: {error.strerror}", next_step=_AGAIN) from None
+
+
+def _moment(at: datetime) -> str:
+    return f"{at:%Y-%m-%d %H:%M} UTC"
 
 
 def _mode(path: Path) -> str:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from hexmesh.errors import Lost
+from hexmesh.identity.certificates import MemberIdentity
 from hexmesh.ids import NodeId, short
 from hexmesh.wire.frames import Buffer, Frame, FrameDecoder, FrameLimits
 
@@ -19,8 +20,8 @@ from hexmesh.wire.frames import Buffer, Frame, FrameDecoder, FrameLimits
 class BulkSocket:
     """Owns a greeted connection with one member. One thread uses it; `abort` may come from any."""
 
-    def __init__(self, node_id: NodeId, sock: ssl.SSLSocket, unsent: list[memoryview]) -> None:
-        self.node_id = node_id
+    def __init__(self, member: MemberIdentity, sock: ssl.SSLSocket, unsent: list[memoryview]) -> None:
+        self.member = member
         self._socket = sock
         self._unsent: list[Buffer] = list(unsent)
         self._decoder = FrameDecoder()
@@ -36,6 +37,10 @@ class BulkSocket:
         traceback: TracebackType | None,
     ) -> None:
         self._socket.close()
+
+    @property
+    def node_id(self) -> NodeId:
+        return self.member.node_id
 
     def prepare(self, limits: FrameLimits, timeout_s: float) -> None:
         """To be called first, in the thread: what may come in, and how long the peer may stand still.

@@ -14,7 +14,6 @@ from daemon.peering.connection import FrameConnection, Loss
 from daemon.peering.greeting import LocalPeer, greeting_fault
 from hexmesh.errors import InvalidInput, Refused
 from hexmesh.identity.certificates import MemberIdentity, read_member
-from hexmesh.ids import NodeId
 from hexmesh.wire import codec
 from hexmesh.wire.frames import Frame, FrameLimits
 from hexmesh.wire.peering import (
@@ -41,7 +40,8 @@ _State = Literal["handshake", "greeting", "member", "stranger", "joining", "refu
 class IncomingOwner(Protocol):
     """The switchboard that accepted the connection."""
 
-    def is_removed(self, node_id: NodeId) -> bool: ...
+    def judge(self, member: MemberIdentity) -> PeerRefused | None:
+        """Why the member is refused although its certificate holds; None if it is not."""
 
     def may_enter(self, stranger: Incoming) -> bool:
         """Whether there is room for one more stranger."""
@@ -102,7 +102,7 @@ class Incoming:
     def detach(self) -> BulkSocket:
         """Give a greeted connection away to a thread."""
         assert self.member is not None
-        return BulkSocket(self.member.node_id, *self._connection.detach())
+        return BulkSocket(self.member, *self._connection.detach())
 
     def answer(self, reply: JoinAccepted | JoinRefused) -> None:
         """The end of the joining dialogue."""
@@ -120,8 +120,8 @@ class Incoming:
             connection.close(Loss("tls", error.message))
             return
         self._state = "greeting"
-        if self._owner.is_removed(self.member.node_id):
-            self._refuse("removed", "this node was removed from the mesh", "join again with a new token")
+        if (refusal := self._owner.judge(self.member)) is not None:
+            self._refuse(refusal)
 
     def on_frame(self, connection: FrameConnection, frame: Frame) -> None:
         match self._state:
@@ -140,7 +140,13 @@ class Incoming:
 
     def _open_stranger(self) -> None:
         if not self._owner.may_enter(self):
-            self._refuse("too_many_strangers", "too many hosts are joining now", "try again in some seconds")
+            self._refuse(
+                PeerRefused(
+                    code="too_many_strangers",
+                    message="too many hosts are joining now",
+                    next_step="try again in some seconds",
+                )
+            )
             return
         self._state = "stranger"
         self._deadline.cancel()
@@ -152,7 +158,7 @@ class Incoming:
             raise InvalidInput(f"{type(message).__name__} before a greeting")
         fault = greeting_fault(self._local, message, self.member.node_id)
         if fault is not None:
-            self._refuse(fault.code, fault.message, fault.next_step)
+            self._refuse(fault)
             return
         self._deadline.cancel()
         self._state = "member"
@@ -176,14 +182,16 @@ class Incoming:
                 self._owner.on_join_request(self, message)
             case _:
                 self._refuse(
-                    "no_certificate",
-                    "only members of this mesh may talk to it, and this connection showed no certificate",
-                    "join it with a token",
+                    PeerRefused(
+                        code="no_certificate",
+                        message="only members of this mesh may talk to it, and this connection showed no certificate",
+                        next_step="join it with a token",
+                    )
                 )
 
-    def _refuse(self, code: str, message: str, next_step: str) -> None:
+    def _refuse(self, refusal: PeerRefused) -> None:
         self._state = "refused"
-        self._say(PeerRefused(code=code, message=message, next_step=next_step))
+        self._say(refusal)
         self._connection.close_when_sent()
 
     def _say(self, message: PeerHello | PeerRefused | MeshRoot | JoinAccepted | JoinRefused) -> None:

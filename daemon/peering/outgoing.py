@@ -16,7 +16,7 @@ from daemon.peering.connection import FrameConnection, Loss, loss_of, prepare_so
 from daemon.peering.greeting import LocalPeer, greeting_fault
 from daemon.peering.outbox import Outbox, OutboxRules
 from hexmesh.errors import InvalidInput, Lost, Refused
-from hexmesh.identity.certificates import read_member
+from hexmesh.identity.certificates import MemberIdentity, read_member
 from hexmesh.ids import NodeId, short
 from hexmesh.wire import codec
 from hexmesh.wire.frames import Buffer, Frame
@@ -42,7 +42,27 @@ class DialFailure:
     is_refused: bool = False
 
 
-class OutgoingOwner(Protocol):
+class Judge(Protocol):
+    """Who knows which members were removed."""
+
+    def judge(self, member: MemberIdentity) -> PeerRefused | None:
+        """Why the member is refused although its certificate holds; None if it is not."""
+
+    def on_proof(self, revocation: bytes) -> None:
+        """The peer says that this was why it refused us."""
+
+
+class NoVerdicts:
+    """The judge of a node that is about to come into the mesh: those inside judge it."""
+
+    def judge(self, member: MemberIdentity) -> PeerRefused | None:
+        return None
+
+    def on_proof(self, revocation: bytes) -> None:
+        pass
+
+
+class OutgoingOwner(Judge, Protocol):
     """The switchboard that a link belongs to."""
 
     def address_of(self, node_id: NodeId) -> Address | None: ...
@@ -76,6 +96,8 @@ class Outgoing:
         self._spawn = spawn
         self._loop = asyncio.get_running_loop()
         self._connection: FrameConnection | None = None
+        self.member: MemberIdentity | None = None
+        """Whom the certificate of the connection named, once one was up."""
         self._task: asyncio.Task[None] | None = None
         self._wanted_until_s = 0.0
         self._nudge = asyncio.Event()
@@ -150,7 +172,7 @@ class Outgoing:
         address = self._owner.address_of(self.node_id)
         if address is None:
             return DialFailure(Loss("closed", f"no address of node {short(self.node_id)} is known"))
-        call = _Call(self.node_id, self.channel, address, self._local)
+        call = _Call(self.node_id, self.channel, address, self._local, self._owner)
         try:
             async with asyncio.timeout(CONNECT_S):
                 sock = await connect_tcp(address)
@@ -173,7 +195,7 @@ class Outgoing:
             return DialFailure(greeted)
         if self.channel == "control":
             self.outbox.drop_older_than(self._loop.time() - STALE_S)
-        self._connection = connection
+        self._connection, self.member = connection, call.member
         self._owner.on_link_up(self, greeted)
         connection.feed_from(self.outbox.take)
         loss = await call.lost
@@ -185,10 +207,14 @@ class Outgoing:
 class _Call:
     """One dial: owner of its connection's events. Its futures have results, never exceptions."""
 
-    def __init__(self, node_id: NodeId, channel: Channel, address: Address, local: LocalPeer) -> None:
+    def __init__(
+        self, node_id: NodeId, channel: Channel, address: Address, local: LocalPeer, judge: Judge
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.greeted: asyncio.Future[PeerHello | Loss] = loop.create_future()
         self.lost: asyncio.Future[Loss] = loop.create_future()
+        self.member: MemberIdentity | None = None
+        self._judge = judge
         self._node_id = node_id
         self._channel = channel
         self._address = address
@@ -198,13 +224,17 @@ class _Call:
         certificate = connection.peer_certificate()
         assert certificate is not None  # the context requires one
         try:
-            found = read_member(certificate).node_id
+            self.member = read_member(certificate)
         except Refused as error:
             connection.close(Loss("tls", error.message))
             return
+        found = self.member.node_id
         if found != self._node_id:
             message = f"{self._address} is node {short(found)}, not node {short(self._node_id)}"
             connection.close(Loss("tls", message))
+            return
+        if (refusal := self._judge.judge(self.member)) is not None:
+            connection.close(Loss("tls", refusal.message))
             return
         connection.write(codec.PEERING.frame(self._local.hello(self._channel), limits=JOIN_LIMITS))
 
@@ -217,6 +247,8 @@ class _Call:
                 return
             message = fault
         if isinstance(message, PeerRefused):
+            if message.proof:
+                self._judge.on_proof(message.proof)
             connection.close(Loss("refused", _one_line(message)))
             return
         raise InvalidInput(f"unexpected {type(message).__name__} on an outgoing connection")
@@ -229,10 +261,10 @@ class _Call:
 
 
 async def dial_bulk(
-    local: LocalPeer, context: ssl.SSLContext, node_id: NodeId, address: Address
+    local: LocalPeer, context: ssl.SSLContext, node_id: NodeId, address: Address, judge: Judge
 ) -> BulkSocket:
     """A greeted bulk connection to exactly that node. Raises Lost or Refused."""
-    call = _Call(node_id, "bulk", address, local)
+    call = _Call(node_id, "bulk", address, local, judge)
     try:
         async with asyncio.timeout(CONNECT_S):
             sock = await connect_tcp(address)
@@ -252,7 +284,8 @@ async def dial_bulk(
         raise kind(f"{address}: {greeted.message}", code="unreachable")
     if connection.is_closed:
         raise Lost(f"{address} hung up", code="unreachable")
-    return BulkSocket(node_id, *connection.detach())
+    assert call.member is not None
+    return BulkSocket(call.member, *connection.detach())
 
 
 async def connect_tcp(address: Address) -> socket.socket:

@@ -9,9 +9,10 @@ import msgspec
 
 from daemon.peering.address import Address
 from daemon.peering.bulk import BulkSocket
+from hexmesh.identity.certificates import MemberIdentity
 from hexmesh.ids import NodeId
 from hexmesh.wire.frames import FrameLimits
-from hexmesh.wire.peering import Channel, JoinAccepted, JoinRefused, JoinRequest
+from hexmesh.wire.peering import Channel, JoinAccepted, JoinRefused, JoinRequest, PeerRefused
 
 _MIB = 1024 * 1024
 
@@ -44,7 +45,9 @@ class PeerEvents:
     `on_refused(peer)`: its connections ended and its host answered a redial with "nobody listens", so the
     process is gone. `on_channel_lost(peer, channel, reason)`: messages sent on it may not have arrived.
     `on_bulk(socket)`: a member opened a bulk connection; the callee serves and closes it. None: none are taken.
-    `admit` answers strangers that ask to join; None refuses them all.
+    `admit` answers strangers that ask to join; None refuses them all. `judge(member)` says why a certificate
+    that holds is refused all the same; it is asked at every handshake, and of live connections by `review`.
+    `on_proof(revocation)`: a peer refused us and sent this as its reason; nothing about it is verified.
     """
 
     on_message: Callable[[NodeId, msgspec.Struct, memoryview], None]
@@ -54,6 +57,8 @@ class PeerEvents:
     on_channel_lost: Callable[[NodeId, Channel, str], None] = lambda node_id, channel, reason: None
     on_bulk: Callable[[BulkSocket], None] | None = None
     admit: Callable[[JoinRequest], Awaitable[JoinAccepted | JoinRefused]] | None = None
+    judge: Callable[[MemberIdentity], PeerRefused | None] = lambda member: None
+    on_proof: Callable[[bytes], None] = lambda revocation: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,8 +30,9 @@ from daemon.peering.incoming import Incoming
 from daemon.peering.outbox import OutboxRules
 from daemon.peering.outgoing import DialFailure, Outgoing, dial_bulk
 from daemon.peering.peer_events import CHANNELS, ChannelRules, PeerEvents, PeerInfo
-from daemon.peering.tls import client_context, server_context
+from daemon.peering.tls import client_context, load_certificate, server_context
 from hexmesh.errors import Busy, HexmeshError, InvalidInput, Lost
+from hexmesh.identity.certificates import MemberIdentity
 from hexmesh.ids import NodeId, short
 from hexmesh.wire import codec
 from hexmesh.wire.frames import Buffer, Frame, FrameLimits, frame_parts
@@ -42,6 +43,7 @@ from hexmesh.wire.peering import (
     JoinRefused,
     JoinRequest,
     PeerHello,
+    PeerRefused,
 )
 
 __all__ = ["CHANNELS", "ChannelRules", "PeerEvents", "PeerInfo", "PeerNetwork"]
@@ -94,7 +96,6 @@ class PeerNetwork:
         self._decode = decode
         self._channels = channels
         self._peers: dict[NodeId, _Peer] = {}
-        self._removed: set[NodeId] = set()
         self._accepted: dict[Incoming, None] = {}
         """Oldest first."""
         self._bulk: WeakSet[BulkSocket] = WeakSet()
@@ -162,7 +163,7 @@ class PeerNetwork:
 
     def learn_address(self, node_id: NodeId, host: str, port: int) -> None:
         """Where a peer is dialled from now on."""
-        if node_id == self._local.node_id or node_id in self._removed:
+        if node_id == self._local.node_id:
             return
         peer = self._peers.setdefault(node_id, _Peer(node_id))
         if peer.address == (address := Address(host, port)):
@@ -185,17 +186,30 @@ class PeerNetwork:
         for incoming in list(peer.incoming.values()):
             incoming.close()
 
-    def remove(self, node_id: NodeId) -> None:
-        """Forget a peer and refuse its certificate from now on."""
-        self._removed.add(node_id)
-        self.forget(node_id)
+    def review(self) -> None:
+        """Judge anew who is connected, and close the connections of those that are refused by now."""
+        for incoming in list(self._accepted):
+            if incoming.member is not None and self._is_refused(incoming.member):
+                incoming.close()
+        for peer in list(self._peers.values()):
+            for link in peer.outgoing.values():
+                if link.is_up and link.member is not None and self._is_refused(link.member):
+                    link.drop_connection()
+        for bulk in list(self._bulk):
+            if self._is_refused(bulk.member):
+                bulk.abort()
+
+    def reload_certificate(self) -> None:
+        """Show the certificate that the files hold now, on connections made from now on."""
+        load_certificate(self._server_context, self._local.tls)
+        load_certificate(self._client_context, self._local.tls)
 
     async def open_bulk(self, node_id: NodeId) -> BulkSocket:
         """A connection to a peer for blocking use in a thread; the caller closes it. Raises Lost or Refused."""
         address = self.address_of(node_id)
         if not self._is_open or address is None:
             raise Lost(f"no way to node {short(node_id)} is known", code="unknown_peer")
-        sock = await dial_bulk(self._local, self._client_context, node_id, address)
+        sock = await dial_bulk(self._local, self._client_context, node_id, address, self)
         self._bulk.add(sock)
         return sock
 
@@ -266,8 +280,11 @@ class PeerNetwork:
             _log.info("peer gone node=%s reason=its host refuses connections", short(peer.node_id))
             self._events.on_refused(peer.node_id)
 
-    def is_removed(self, node_id: NodeId) -> bool:
-        return node_id in self._removed
+    def judge(self, member: MemberIdentity) -> PeerRefused | None:
+        return self._events.judge(member)
+
+    def on_proof(self, revocation: bytes) -> None:
+        self._events.on_proof(revocation)
 
     def may_enter(self, stranger: Incoming) -> bool:
         strangers = [other for other in self._accepted if other.is_stranger]
@@ -321,6 +338,12 @@ class PeerNetwork:
         if peer is not None and peer.incoming.get(incoming.channel) is incoming:
             del peer.incoming[incoming.channel]
             self._lost(peer, loss)
+
+    def _is_refused(self, member: MemberIdentity) -> bool:
+        refusal = self._events.judge(member)
+        if refusal is not None:
+            self._complain(short(member.node_id), refusal.message)
+        return refusal is not None
 
     def _complain(self, who: str, reason: str) -> None:
         """Say once a minute why nothing comes of a connection: the other side may try again for ever."""

@@ -26,15 +26,20 @@ def server_context(files: TlsFiles) -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_OPTIONAL
     context.num_tickets = 0  # connections stay open; a resumption would only skip the certificate check
     context.load_verify_locations(cadata=files.root_der)
-    context.load_cert_chain(files.certificate_file, files.key_file)
+    load_certificate(context, files)
     return context
 
 
 def client_context(files: TlsFiles) -> ssl.SSLContext:
     """For dialling as a member."""
     context = stranger_context(files.root_der)
-    context.load_cert_chain(files.certificate_file, files.key_file)
+    load_certificate(context, files)
     return context
+
+
+def load_certificate(context: ssl.SSLContext, files: TlsFiles) -> None:
+    """Show what the files hold now on connections made from now on; those that are up keep what they showed."""
+    context.load_cert_chain(files.certificate_file, files.key_file)
 
 
 def stranger_context(root_der: bytes) -> ssl.SSLContext:

@@ -31,9 +31,16 @@ class Client:
     url: str
     api_key: str | None = field(default=None, repr=False)
 
-    def get(self, path: str, *, also_ok: tuple[int, ...] = (), timeout_s: float = READ_TIMEOUT_S) -> bytes:
-        """The body of `path`; a status in `also_ok` counts as an answer too."""
-        with self._open("GET", path, None, self.api_key, timeout_s) as response:
+    def get(
+        self,
+        path: str,
+        *,
+        key: str | None = None,
+        also_ok: tuple[int, ...] = (),
+        timeout_s: float = READ_TIMEOUT_S,
+    ) -> bytes:
+        """The body of `path`; a status in `also_ok` counts as an answer too. `key` replaces the API key."""
+        with self._open("GET", path, None, key or self.api_key, timeout_s) as response:
             return self._whole(response, also_ok)
 
     def get_json(self, path: str, *, also_ok: tuple[int, ...] = (), timeout_s: float = READ_TIMEOUT_S) -> Any:

@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from daemon.views import LinkView, MemberView, RequestView, StatusView
+from daemon.views import CertificateView, LinkView, MemberView, RequestView, StatusView, TokenView
 from hexmesh.ids import short
 from hexmesh.units import show_bit_rate, show_bytes, show_duration
 
@@ -38,6 +38,8 @@ def status_view(status: StatusView, names: Mapping[str, str]) -> RenderableType:
         left = f", {show_duration(weights.left_s)} left" if weights.left_s is not None else ""
         fetched = f"{show_bytes(weights.fetched_bytes)} of {show_bytes(weights.needed_bytes)}"
         facts.append(("weights", f"{fetched} fetched, {show_bytes(weights.bytes_per_s)}/s{left}"))
+    if status.certificate is not None:
+        facts.append(("certificate", _certificate(status.certificate)))
     if status.blocker is not None:
         facts.append(("blocker", f"{status.blocker.message} ({status.blocker.code})"))
         facts.append(("next step", status.blocker.next_step))
@@ -72,11 +74,22 @@ def members_table(members: Iterable[MemberView]) -> RenderableType:
 
 
 def _state(member: MemberView) -> Text:
-    """The state, and where that is not all: what its operator said of it."""
+    """The state, and where that is not all: what its operator said of it, and what its certificate lacks."""
     shown = Text(member.state, _STATE_COLOUR[member.state])
     if member.availability not in ("active", "left"):
         shown.append(f", {member.availability}", "yellow")
+    if member.certificate not in (None, "valid"):
+        shown.append(f", certificate: {member.certificate}", "yellow")
     return shown
+
+
+def tokens_table(tokens: Iterable[TokenView], names: Mapping[str, str]) -> RenderableType:
+    """One token a row; `names` are the nodes' by id."""
+    table = new_table("ID", "USES LEFT", "EXPIRES IN", "BY")
+    for token in tokens:
+        by = names.get(token.issuer, short(token.issuer))
+        table.add_row(token.id, f"{token.uses_left} of {token.uses}", show_duration(token.expires_s), by)
+    return table
 
 
 def links_table(links: Iterable[LinkView], names: Mapping[str, str]) -> RenderableType:
@@ -131,6 +144,17 @@ def new_table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, no_wrap=True)
     return table
+
+
+def _certificate(certificate: CertificateView) -> Text:
+    match certificate.state:
+        case "valid":
+            return Text(f"valid for {show_duration(certificate.expires_s)}, then renewed")
+        case "grace":
+            left = show_duration(max(0.0, certificate.refused_s))
+            return Text(f"not renewed: refused in {left}; no issuer is reached", "red")
+        case "expired":
+            return Text("expired", "red")
 
 
 def _seconds(seconds: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Admission to the mesh, the issuer's side: founding, join tokens, and the answer to one who asks to join.
+"""Admission to the mesh, an issuer's side: founding, join tokens, and the answer to one who asks to join.
 
 A token is redeemed only by the node that minted it, which writes that down before the certificate leaves.
 Refusals say what is wrong and what to do, and nothing about a mesh to someone without its token: the secret
@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
+from daemon.trust.removals import REMOVED_STEP
 from daemon.trust.state import Membership, StateFolder
-from daemon.views import Issued
+from daemon.views import Issued, TokenView
 from hexmesh import __version__
 from hexmesh.errors import HexmeshError, NotReady, Refused
-from hexmesh.identity.authority import MeshAuthority, request_certificate, requesting_node
+from hexmesh.identity.authority import Issuer, MeshAuthority, request_certificate, requesting_node
 from hexmesh.identity.certificates import root_sha256
 from hexmesh.identity.keys import NodeKey
 from hexmesh.identity.tokens import SECRET_BYTES, format_token, make_token
@@ -37,6 +38,7 @@ from hexmesh.wire.peering import (
 _log = logging.getLogger("hexmesh.admission")
 
 _MAX_INITIAL_PEERS = 16
+_MAX_NAMED = 3
 
 Clock = Callable[[], float]
 
@@ -44,24 +46,28 @@ Clock = Callable[[], float]
 def found_mesh(
     state: StateFolder, key: NodeKey, dht_peer_id: str, model: ModelReference, dtype: str, now: datetime
 ) -> Membership:
-    """A new mesh with this node as its founder and first member, on the disk when this returns. Blocks."""
+    """A new mesh with this node as its first member and issuer, on the disk when this returns. Blocks."""
     authority = MeshAuthority.found(now)
+    issuer = Issuer(key.private, authority.root_der, authority.appoint(key.public_bytes, now))
     membership = Membership(
         mesh_id=authority.mesh_id,
         root_der=authority.root_der,
-        certificates=[authority.issue(request_certificate(key), dht_peer_id, now)],
+        certificates=[issuer.issue(request_certificate(key), dht_peer_id, now), *issuer.chain],
         model=model,
         dtype=dtype,
+        issuer_der=issuer.chain[0],
     )
     state.save_authority(authority)
+    state.save_appointed([key.node_id])
     state.save_membership(membership)
     return membership
 
 
 class Admission:
-    """Owner of the token ledger while the daemon runs. Without the authority's key it refers to the issuer.
+    """Owner of the token ledger while the daemon runs. Where this node did not mint a token it says who did.
 
-    `members` tells who is in the mesh now, this node included. Usable from the loop and from threads.
+    `members` tells who is in the mesh now, `issuers` which of them can mint tokens now, both with this node
+    where it belongs to them. Usable from the loop and from threads.
     """
 
     def __init__(
@@ -72,6 +78,8 @@ class Admission:
         address: str,
         members: Callable[[], list[MemberAddress]],
         *,
+        issuers: Callable[[], list[MemberAddress]] = list,
+        is_removed: Callable[[NodeId], bool] = lambda node: False,
         clock: Clock = time.time,
     ) -> None:
         """`address` is where others dial this node. Raises InvalidInput for a damaged state folder."""
@@ -80,23 +88,26 @@ class Admission:
         self._node_id = node_id
         self._address = address
         self._members = members
+        self._issuers = issuers
+        self._is_removed = is_removed
         self._clock = clock
-        self._authority = state.authority()
+        self.issuer = state.issuer()
+        """This node's right to admit; its owner sets it when the node is appointed."""
         self._ledger = state.ledger()
         self._changes = threading.Lock()
 
     @property
     def may_admit(self) -> bool:
         """Whether this node can mint tokens and issue certificates."""
-        return self._authority is not None
+        return self.issuer is not None
 
     def create_token(self, *, ttl_s: float, uses: int) -> Issued:
         """Mint a token. Raises InvalidInput for bad numbers, NotReady where this node may not admit."""
-        if self._authority is None:
+        if self.issuer is None:
             raise NotReady(
-                "this node may not admit others: it does not hold the mesh's authority",
+                "this node may not admit others: it is no issuer",
                 code="not_an_issuer",
-                next_step="run `hexmesh token create` on the node that founded the mesh",
+                next_step=f"run `hexmesh token create` on {self._who_can_mint()}",
             )
         secret = secrets.token_bytes(SECRET_BYTES)
         token = make_token(self._address, root_sha256(self._membership.root_der), self._node_id, secret)
@@ -108,38 +119,61 @@ class Admission:
         command = f"hexmesh join --peer {self._address} --token {text}"
         return Issued(token=text, join_command=command, expires_s=ttl_s, uses=uses)
 
+    def tokens(self) -> list[TokenView]:
+        """The tokens minted here that still admit somebody."""
+        now_unix_s = self._clock()
+        return [
+            TokenView(
+                id=record.token_id,
+                uses=record.uses,
+                uses_left=record.uses_left,
+                expires_s=record.expires_unix_s - now_unix_s,
+                issuer=self._node_id,
+                redeemed_by=list(record.redeemed_by),
+            )
+            for record in self._ledger.live(now_unix_s)
+        ]
+
+    def revoke_token(self, token_id: str) -> None:
+        """Let this token admit nobody any more; on the disk when this returns. Raises InvalidInput."""
+        with self._changes:
+            ledger = self._ledger.revoke(token_id)
+            self._state.save_ledger(ledger)
+            self._ledger = ledger
+
     async def admit(self, request: JoinRequest) -> JoinAccepted | JoinRefused:
         """The answer to one who asks to join. Every refusal is logged, without the secret."""
-        if self._authority is None or request.issuer != self._node_id:
+        if self.issuer is None or request.issuer != self._node_id:
             return self._refer(request)
         try:
-            accepted = await asyncio.to_thread(self._admit, self._authority, request)
+            accepted = await asyncio.to_thread(self._admit, self.issuer, request)
         except HexmeshError as error:
             _log.warning("join refused name=%s code=%s reason=%s", request.name, error.code, error.message)
             return JoinRefused(code=error.code, message=error.message, next_step=error.next_step)
         _log.info("node admitted name=%s address=%s", request.name, request.address)
         return accepted
 
-    def _admit(self, authority: MeshAuthority, request: JoinRequest) -> JoinAccepted:
+    def _admit(self, issuer: Issuer, request: JoinRequest) -> JoinAccepted:
         """Judge the token, then the rest, and only then spend a use of it."""
         node_id = requesting_node(request.csr)
         with self._changes:
             now_unix_s = self._clock()
             ledger = self._ledger.redeem(request.secret, node_id, now_unix_s=now_unix_s)
+            self._check_standing(node_id)
             self._check_version(request)
             check_clocks(request.name, request.clock_unix_s, "the mesh", now_unix_s)
             self._check_model(request)
             now = datetime.fromtimestamp(now_unix_s, UTC)
-            certificate = authority.issue(request.csr, request.dht_peer_id, now)
+            certificate = issuer.issue(request.csr, request.dht_peer_id, now)
             self._state.save_ledger(ledger)
             self._ledger = ledger
-        return self._welcome(certificate)
+        return self._welcome([certificate, *issuer.chain])
 
-    def _welcome(self, certificate: bytes) -> JoinAccepted:
+    def _welcome(self, certificates: list[bytes]) -> JoinAccepted:
         members = self._members()
         maddrs = [maddr for member in members for maddr in member.dht_maddrs]
         return JoinAccepted(
-            certificates=[certificate],
+            certificates=certificates,
             root=self._membership.root_der,
             mesh_id=self._membership.mesh_id,
             model=self._membership.model,
@@ -149,15 +183,30 @@ class Admission:
         )
 
     def _refer(self, request: JoinRequest) -> JoinRefused:
-        """Only the issuer can redeem the token: say where it is."""
+        """Only the issuer can redeem the token: say where it is, and who can mint another."""
         issuer = next((one for one in self._members() if one.node_id == request.issuer), None)
         name = f"{issuer.name} ({short(request.issuer)})" if issuer is not None else short(request.issuer)
+        others = self._who_can_mint(besides=request.issuer)
         return JoinRefused(
             code="other_issuer",
             message=f"the token was made by node {name}, which alone can redeem it",
-            next_step=f"join through that node, or ask for a new token on another: node {name} must be up",
+            next_step=f"join while that node is up, or ask for a new token: `hexmesh token create` on {others}",
             issuer_address=issuer.address if issuer is not None else "",
         )
+
+    def _who_can_mint(self, besides: str = "") -> str:
+        """Names for a sentence."""
+        issuers = [one for one in self._issuers() if one.node_id != besides]
+        named = [f"node {one.name} ({short(one.node_id)})" for one in issuers[:_MAX_NAMED]]
+        return " or ".join(named) or "an issuer (`hexmesh members` shows who is)"
+
+    def _check_standing(self, node_id: NodeId) -> None:
+        if self._is_removed(node_id):
+            raise Refused(
+                f"node {short(node_id)} was removed from the mesh",
+                code="removed",
+                next_step=REMOVED_STEP,
+            )
 
     def _check_version(self, request: JoinRequest) -> None:
         if request.protocol_version != PROTOCOL_VERSION:

@@ -26,18 +26,22 @@ class Attestor:
         root_der: bytes,
         *,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
-        is_revoked: Callable[[str], bool] = lambda _: False,
+        is_refused: Callable[[MemberIdentity], bool] = lambda _: False,
     ) -> None:
         """Raises Refused when the chain is not this key's or not under the root."""
         self._key = key
         self._root_der = root_der
         self._now = now
-        self._is_revoked = is_revoked
+        self._is_refused = is_refused
         self._judged: OrderedDict[Chain, tuple[datetime, MemberIdentity]] = OrderedDict()
-        self.chain = chain
-        self.identity = self.identify(chain)
-        if self.identity.node_id != key.node_id:
+        self.renew(chain)
+
+    def renew(self, chain: Chain) -> None:
+        """Prove with this chain from now on. Raises Refused as the constructor does."""
+        identity = self.identify(chain)
+        if identity.node_id != self._key.node_id:
             raise Refused("the certificate belongs to another key", code="bad_certificate")
+        self.chain, self.identity = chain, identity
 
     @property
     def node_id(self) -> str:
@@ -57,7 +61,7 @@ class Attestor:
     def verify(self, chain: Chain, payload: bytes, signature: bytes) -> str:
         """Node id of the member that signed. Raises Refused: no member, revoked, or another signature."""
         identity = self.identify(chain)
-        if self._is_revoked(identity.node_id):
+        if self._is_refused(identity):
             raise Refused(f"{short(identity.node_id)} was removed from the mesh", code="revoked")
         return _signer(identity, payload, signature)
 

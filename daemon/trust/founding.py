@@ -24,17 +24,19 @@ from daemon.peering.address import (
 from daemon.peering.bulk import BulkSocket
 from daemon.peering.greeting import LocalPeer
 from daemon.peering.listening import listen_host
-from daemon.peering.outgoing import dial_bulk
+from daemon.peering.outgoing import NoVerdicts, dial_bulk
 from daemon.peering.tls import client_context
 from daemon.trust.admission import found_mesh
 from daemon.trust.attestor import Attestor
 from daemon.trust.joining import Joiner, join_mesh
 from daemon.trust.ports import port_to_bind
+from daemon.trust.rejoining import still_member
 from daemon.trust.state import Membership, StateFolder
 from hexmesh.cost import default_dtype
 from hexmesh.errors import InvalidInput, Refused
 from hexmesh.identity.certificates import root_sha256
 from hexmesh.identity.keys import NodeKey
+from hexmesh.identity.revocations import Revocations
 from hexmesh.identity.tokens import JoinToken, parse_token
 from hexmesh.ids import NodeId, short
 from hexmesh.wire.peering import MemberAddress
@@ -49,6 +51,8 @@ class Member:
     state: StateFolder
     membership: Membership
     attestor: Attestor
+    revocations: Revocations
+    """What was known when the process started, and is learned since."""
     model: LocalModel
     devices: tuple[DeviceSpec, ...]
     listener: socket.socket
@@ -90,7 +94,8 @@ async def _member(
         memory_bytes=options.memory_bytes,
     )
     if known is not None:
-        membership, model = known, await _find_model(options, state, key, known)
+        membership = await _come_back(options, state, key, dht_peer_id, address, known)
+        model = await _find_model(options, state, key, membership)
         progress.info("rejoining mesh %s", short(known.mesh_id), extra={"event": "rejoining"})
     elif options.founds:
         model = await load_model(options.model, options)
@@ -101,16 +106,43 @@ async def _member(
         model = await _find_model(options, state, key, membership)
         progress.info("joined mesh %s", short(membership.mesh_id), extra={"event": "joined"})
     _check_dtype(options, membership)
+    revocations = Revocations(membership.root_der, await asyncio.to_thread(state.revocations))
     return Member(
         state=state,
         membership=membership,
-        attestor=Attestor(key, tuple(membership.certificates), membership.root_der),
+        attestor=Attestor(
+            key,
+            tuple(membership.certificates),
+            membership.root_der,
+            is_refused=lambda member: revocations.grounds(member) is not None,
+        ),
+        revocations=revocations,
         model=model,
         devices=devices,
         listener=listener,
         address=address,
         is_rejoined=known is not None,
     )
+
+
+async def _come_back(
+    options: JoinOptions,
+    state: StateFolder,
+    key: NodeKey,
+    dht_peer_id: str,
+    address: Address,
+    known: Membership,
+) -> Membership:
+    """The stored membership; where its certificate is good no more, a token may bring a new one."""
+    try:
+        return await asyncio.to_thread(still_member, state, known, key, datetime.now(UTC))
+    except Refused as refused:
+        if options.token is None or refused.code == "removed":
+            raise
+        progress.info("joining anew: %s", refused.message, extra={"event": "joining_anew"})
+    membership = await _join(options, key, dht_peer_id, address)
+    await asyncio.to_thread(state.save_membership, membership)
+    return membership
 
 
 async def _found(
@@ -164,7 +196,8 @@ def _dialler(options: JoinOptions, state: StateFolder, key: NodeKey, membership:
 
     async def dial(member: MemberAddress) -> BulkSocket:
         context = client_context(local.tls)
-        return await dial_bulk(local, context, NodeId(member.node_id), parse_address(member.address))
+        address = parse_address(member.address)
+        return await dial_bulk(local, context, NodeId(member.node_id), address, NoVerdicts())
 
     return dial
 

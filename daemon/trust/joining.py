@@ -79,7 +79,7 @@ async def join_mesh(joiner: Joiner, token: JoinToken, peer: Address | None = Non
     root = await _fetch_root(joiner, token, address)
     reply = await _ask_to_join(joiner, token, root, address)
     if isinstance(reply, JoinRefused) and reply.code == "other_issuer" and reply.issuer_address:
-        reply = await _ask_to_join(joiner, token, root, parse_address(reply.issuer_address))
+        reply = await _ask_issuer(joiner, token, root, reply)
     if isinstance(reply, JoinRefused):
         raise Refused(reply.message, code=reply.code, next_step=reply.next_step)
     return _checked(joiner, root, reply)
@@ -125,6 +125,20 @@ async def _ask_to_join(
     if not isinstance(answer, JoinAccepted | JoinRefused):
         raise _not_hexmesh(address)
     return answer
+
+
+async def _ask_issuer(
+    joiner: Joiner, token: JoinToken, root: bytes, referral: JoinRefused
+) -> JoinAccepted | JoinRefused:
+    """The answer of the token's issuer; where it is not reached, the referral with that."""
+    try:
+        return await _ask_to_join(joiner, token, root, parse_address(referral.issuer_address))
+    except Lost as error:
+        raise Refused(
+            f"{referral.message}, and that node is not reached: {error.message}",
+            code="issuer_unreachable",
+            next_step=referral.next_step,
+        ) from error
 
 
 def _checked(joiner: Joiner, root: bytes, accepted: JoinAccepted) -> Membership:

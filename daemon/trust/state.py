@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -21,10 +22,11 @@ from daemon.runfile import ADMIN_KEY_FILE
 from daemon.trust.ports import Ports
 from hexmesh.cluster import Availability
 from hexmesh.errors import HexmeshError, InvalidInput
-from hexmesh.identity.authority import MeshAuthority
+from hexmesh.identity.authority import Issuer, MeshAuthority
 from hexmesh.identity.certificates import to_pem
 from hexmesh.identity.keys import NodeKey
 from hexmesh.identity.tokens import TokenLedger
+from hexmesh.ids import NodeId
 from hexmesh.wire.peering import MemberAddress, ModelReference
 
 _log = logging.getLogger("hexmesh.state")
@@ -37,9 +39,14 @@ _TOKENS = "tokens.json"
 _TERM = "term.json"
 _AVAILABILITY = "availability.json"
 _PORTS = "ports.json"
+_REVOCATIONS = "revocations.json"
+_APPOINTED = "appointed.json"
 _DHT_IDENTITY = "dht.key"
 _LOCK = "lock"
-_OF_MEMBERSHIP = (_MEMBERSHIP, _AUTHORITY_KEY, _TOKENS, _CERTIFICATE, _TERM, _AVAILABILITY)
+_OF_MEMBERSHIP = (
+    *(_MEMBERSHIP, _AUTHORITY_KEY, _TOKENS, _CERTIFICATE, _TERM),
+    *(_AVAILABILITY, _REVOCATIONS, _APPOINTED),
+)
 
 T = TypeVar("T")
 
@@ -60,6 +67,8 @@ class Membership(msgspec.Struct, frozen=True, kw_only=True):
     members: list[MemberAddress] = []
     """Cached peers: who was there when this was written last."""
     dht_initial_peers: list[str] = []
+    issuer_der: bytes = b""
+    """This node's issuer certificate; empty where it is none."""
 
 
 class _Kept(msgspec.Struct, frozen=True):
@@ -144,16 +153,36 @@ class StateFolder:
         self._write_json(_MEMBERSHIP, membership)
 
     def authority(self) -> MeshAuthority | None:
-        """The mesh's authority where this node founded the mesh, else None."""
+        """The mesh's authority where the root key lies, else None. The key may come and go at any time."""
         pem = self._read(_AUTHORITY_KEY)
-        membership = self.membership()
-        if pem is None or membership is None:
+        if pem is None or (membership := self.membership()) is None:
             return None
         return MeshAuthority.from_pem(pem, membership.root_der)
 
     def save_authority(self, authority: MeshAuthority) -> None:
         """Keep the root key; written before the membership."""
         self._write(_AUTHORITY_KEY, authority.key_to_pem())
+
+    def issuer(self) -> Issuer | None:
+        """This node's right to admit and renew, where it has it. Raises InvalidInput or Refused."""
+        membership = self.membership()
+        if membership is None or not membership.issuer_der:
+            return None
+        return Issuer(self.node_key().private, membership.root_der, membership.issuer_der)
+
+    def revocations(self) -> list[bytes]:
+        """Every revocation heard of, as it travels."""
+        return self._read_json(_REVOCATIONS, list[bytes]) or []
+
+    def save_revocations(self, signed: Sequence[bytes]) -> None:
+        self._write_json(_REVOCATIONS, list(signed))
+
+    def appointed(self) -> list[NodeId]:
+        """The nodes that this node made issuers with the root key, in order."""
+        return [NodeId(node) for node in self._read_json(_APPOINTED, list[str]) or []]
+
+    def save_appointed(self, nodes: Sequence[NodeId]) -> None:
+        self._write_json(_APPOINTED, list(nodes))
 
     def ledger(self) -> TokenLedger:
         """The tokens minted here. Raises InvalidInput for a damaged file."""

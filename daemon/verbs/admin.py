@@ -50,6 +50,32 @@ def create(
     click.echo(f"good for {nodes} within {show_duration(issued['expires_s'])}", err=True)
 
 
+@token.command()
+@output_flag("table", "json")
+@daemon_flags
+def ls(output: str, url: str | None, state_dir: str | None, api_key_file: str | None) -> None:
+    """Show the tokens of this node that still admit somebody; never their secrets."""
+    client = client_of(url, state_dir, api_key_file)
+    body = client.get("/admin/tokens", key=read_admin_key(state_path(state_dir)))
+    if output == "json":
+        click.echo(body.decode().strip())
+        return
+    from daemon.verbs.reads import print_view, show_tokens
+
+    print_view(client, body, show_tokens)
+
+
+@token.command()
+@click.argument("token_id", metavar="ID")
+@daemon_flags
+def revoke(token_id: str, url: str | None, state_dir: str | None, api_key_file: str | None) -> None:
+    """Let a token of this node admit nobody any more; ID is from `hexmesh token ls`."""
+    client = client_of(url, state_dir, api_key_file)
+    key = read_admin_key(state_path(state_dir))
+    client.post("/admin/token/revoke", {"id": token_id}, key=key, timeout_s=_CHANGE_TIMEOUT_S)
+    click.echo(f"revoked {token_id}", err=True)
+
+
 @click.command()
 @flag(
     "--reason",

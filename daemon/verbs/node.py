@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from daemon.verbs.node_orders import cordon, drain, uncordon
+from daemon.verbs.node_removal import remove
 
 
 @click.group()
@@ -12,5 +13,5 @@ def node() -> None:
     """Change one node of the mesh."""
 
 
-for command in (cordon, uncordon, drain):
+for command in (cordon, uncordon, drain, remove):
     node.add_command(command)

@@ -93,6 +93,14 @@ def _show_members(body: bytes, client: Client, console: Console) -> RenderableTy
     return members_table(_decode(body, list[MemberView]))
 
 
+def show_tokens(body: bytes, client: Client, console: Console) -> RenderableType:
+    """What `hexmesh token ls` prints."""
+    from daemon.terminal.render_tables import tokens_table
+    from daemon.views import TokenView
+
+    return tokens_table(_decode(body, list[TokenView]), _names(client))
+
+
 def _show_links(body: bytes, client: Client, console: Console) -> RenderableType:
     from daemon.terminal.render_tables import links_table
     from daemon.views import LinkView

@@ -12,7 +12,16 @@ from prometheus_client.exposition import choose_encoder
 
 from daemon.web.access import Handler, Route
 from daemon.web.http_errors import invalid
-from daemon.web.openai_models import AnyBody, LeaveBody, NodeOrderBody, ReplanBody, TokenBody, parse_body
+from daemon.web.openai_models import (
+    AnyBody,
+    LeaveBody,
+    NodeBody,
+    NodeOrderBody,
+    ReplanBody,
+    TokenBody,
+    TokenIdBody,
+    parse_body,
+)
 from daemon.web.service import MeshService
 from hexmesh import __version__
 from hexmesh.wire.orders import OperatorAction
@@ -42,6 +51,9 @@ class AdminRoutes:
             *(Route("GET", f"/admin/{verb}", "api", _reader(read)) for verb, read in reads.items()),
             Route("GET", "/admin/models", "api", self.models),
             Route("POST", "/admin/token", "admin", self.create_token),
+            Route("GET", "/admin/tokens", "admin", _reader(service.tokens)),
+            Route("POST", "/admin/token/revoke", "admin", self.revoke_token),
+            Route("POST", "/admin/node/remove", "admin", self.remove_node),
             Route("POST", "/admin/replan", "admin", self.replan),
             Route("POST", "/admin/leave", "admin", self.leave),
             Route("GET", "/admin/node", "api", self.show_node),
@@ -68,6 +80,15 @@ class AdminRoutes:
     async def create_token(self, request: web.Request) -> web.Response:
         body = await _body_or_defaults(request, TokenBody)
         return _json(await self._service.create_token(ttl_s=body.ttl_s, uses=body.uses))
+
+    async def revoke_token(self, request: web.Request) -> web.Response:
+        body = parse_body(TokenIdBody, await request.read())
+        await self._service.revoke_token(body.id)
+        return _json({"revoked": body.id})
+
+    async def remove_node(self, request: web.Request) -> web.Response:
+        body = parse_body(NodeBody, await request.read())
+        return _json(await self._service.remove_node(body.node))
 
     async def replan(self, request: web.Request) -> web.Response:
         body = await _body_or_defaults(request, ReplanBody)

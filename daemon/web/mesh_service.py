@@ -12,7 +12,7 @@ from daemon.gateway import Gateway
 from daemon.models.node_weights import NodeWeights
 from daemon.orders import NodeOrders
 from daemon.snapshot import MeshState
-from daemon.trust.admission import Admission
+from daemon.trust.desk import TrustDesk
 from daemon.views import (
     CachedModelView,
     Issued,
@@ -20,8 +20,10 @@ from daemon.views import (
     MemberView,
     PlanView,
     Readiness,
+    Removed,
     RequestView,
     StatusView,
+    TokenView,
     TopologyView,
 )
 from daemon.web.service import GenerationPart, GenerationRequest, ServedModel
@@ -39,7 +41,7 @@ class NodeService:
         state: MeshState,
         weights: NodeWeights,
         gateway: Gateway,
-        admission: Admission,
+        trust: TrustDesk,
         orders: NodeOrders,
         registry: CollectorRegistry,
         ask_to_leave: Callable[[bool], None],
@@ -48,7 +50,7 @@ class NodeService:
         self._state = state
         self._weights = weights
         self._gateway = gateway
-        self._admission = admission
+        self._trust = trust
         self._orders = orders
         self._registry = registry
         self._ask_to_leave = ask_to_leave
@@ -101,7 +103,16 @@ class NodeService:
         return await asyncio.to_thread(self._weights.models)
 
     async def create_token(self, *, ttl_s: float, uses: int) -> Issued:
-        return await asyncio.to_thread(self._admission.create_token, ttl_s=ttl_s, uses=uses)
+        return await asyncio.to_thread(self._trust.admission.create_token, ttl_s=ttl_s, uses=uses)
+
+    def tokens(self) -> list[TokenView]:
+        return self._trust.admission.tokens()
+
+    async def revoke_token(self, token_id: str) -> None:
+        await asyncio.to_thread(self._trust.admission.revoke_token, token_id)
+
+    async def remove_node(self, name_or_id: str) -> Removed:
+        return await self._trust.remove(name_or_id)
 
     async def replan(self, reason: str) -> None:
         self._state.coordination.replan(reason)

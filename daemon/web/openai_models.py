@@ -190,6 +190,16 @@ class TokenBody(_Body):
     uses: Annotated[int, Field(ge=1, le=10_000)] = 1
 
 
+class TokenIdBody(_Body):
+    id: Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class NodeBody(_Body):
+    """A node by its name, its id or the beginning of it."""
+
+    node: Annotated[str, Field(min_length=1, max_length=256)]
+
+
 class ReplanBody(_Body):
     reason: Annotated[str, Field(min_length=1, max_length=200)] = "operator"
 

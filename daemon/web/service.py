@@ -15,8 +15,10 @@ from daemon.views import (
     MemberView,
     PlanView,
     Readiness,
+    Removed,
     RequestView,
     StatusView,
+    TokenView,
     TopologyView,
 )
 from hexmesh.wire.data import FinishReason, SampledToken, SamplingParams
@@ -102,6 +104,14 @@ class MeshService(Protocol):
     async def models(self) -> list[CachedModelView]: ...
 
     async def create_token(self, *, ttl_s: float, uses: int) -> Issued: ...
+
+    def tokens(self) -> list[TokenView]: ...
+
+    async def revoke_token(self, token_id: str) -> None: ...
+
+    async def remove_node(self, name_or_id: str) -> Removed:
+        """Cast a node out of the mesh for good."""
+        ...
 
     async def replan(self, reason: str) -> None: ...
 

@@ -1,4 +1,8 @@
-"""The mesh's certificate authority: a self-signed Ed25519 root that certifies node keys."""
+"""Who certifies: the mesh's self-signed Ed25519 root, and the issuers that it certified, who admit and renew.
+
+The root key is needed only to make issuers (and to overrule them), so it can lie offline. An issuer uses its
+node's own key, and its certificate is good for as long as the root's: a mesh outlives the loss of its founder.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +14,88 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hexmesh.errors import InvalidInput, Refused
-from hexmesh.identity.certificates import UNREADABLE, check_root, dht_uri, mesh_id_of, node_uri
+from hexmesh.identity import validity
+from hexmesh.identity.certificates import (
+    UNREADABLE,
+    MemberIdentity,
+    check_root,
+    dht_uri,
+    issuer_name,
+    mesh_id_of,
+    node_uri,
+    read_issuer,
+)
 from hexmesh.identity.keys import NodeKey, node_id_of, private_key_from_pem, private_key_to_pem
 from hexmesh.ids import MeshId, NodeId
 
-NODE_VALIDITY = timedelta(days=365)
-"""How long a node certificate is valid. Nothing renews them yet; renewal will shorten this to 24 h."""
-
 ROOT_VALIDITY = timedelta(days=3650)
-
-CLOCK_SLACK = timedelta(minutes=5)
-"""Certificates are valid from this long before they are made: other hosts' clocks may be late."""
 
 _MAX_DHT_PEER_ID = 128
 
 
-class MeshAuthority:
-    """A mesh's root certificate with its key: whoever holds this decides who is a member."""
+class Issuer:
+    """A key that may certify nodes, and the certificates that prove it."""
+
+    def __init__(self, private: Ed25519PrivateKey, root_der: bytes, certificate_der: bytes) -> None:
+        """Raises Refused or InvalidInput when the certificate is not this key's under the root."""
+        root = x509.load_der_x509_certificate(root_der)
+        certificate = root
+        self.chain: tuple[bytes, ...] = ()
+        """What stands between a certificate made here and the root, DER."""
+        if certificate_der != root_der:
+            read_issuer(certificate_der, root_der)
+            certificate = x509.load_der_x509_certificate(certificate_der)
+            self.chain = (certificate_der,)
+        if certificate.public_key() != private.public_key():
+            which = "issuer" if self.chain else "root"
+            raise InvalidInput(f"the key does not belong to the {which} certificate", code="bad_key")
+        self._private = private
+        self._subject = certificate.subject
+        self._not_after = root.not_valid_after_utc
+        self.mesh_id: MeshId = mesh_id_of(root_der)
+
+    def issue(self, csr_der: bytes, dht_peer_id: str, now: datetime) -> bytes:
+        """A node certificate (DER) for the key that a request proves. Raises Refused or InvalidInput."""
+        public = _proven_key(csr_der)
+        _check_dht_peer_id(dht_peer_id)
+        return self._certify_node(public, dht_peer_id, now)
+
+    def renew(self, identity: MemberIdentity, now: datetime) -> bytes:
+        """A new certificate (DER) for a member that has proven to be one: same key, same names."""
+        public = Ed25519PublicKey.from_public_bytes(identity.public_bytes)
+        return self._certify_node(public, identity.dht_peer_id, now)
+
+    def sign(self, payload: bytes) -> bytes:
+        """64 bytes that prove the issuer's word."""
+        return self._private.sign(payload)
+
+    def _certify_node(self, public: Ed25519PublicKey, dht_peer_id: str, now: datetime) -> bytes:
+        node_id = node_id_of(public.public_bytes_raw())
+        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, node_id)])
+        uris = [node_uri(self.mesh_id, node_id), dht_uri(self.mesh_id, dht_peer_id)]
+        names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri) for uri in uris])
+        usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])
+        not_after = min(now + validity.NODE_VALIDITY + validity.GRACE, self._not_after)
+        builder = _builder(name, self._subject, public, now, not_after)
+        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        builder = builder.add_extension(_key_usage(signs_certificates=False), critical=True)
+        builder = builder.add_extension(usages, critical=False)
+        builder = builder.add_extension(names, critical=False)
+        builder = builder.add_extension(_authority_key(self._private), critical=False)
+        return builder.sign(self._private, algorithm=None).public_bytes(Encoding.DER)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.mesh_id})"
+
+
+class MeshAuthority(Issuer):
+    """A mesh's root certificate with its key: whoever holds this decides who is an issuer."""
 
     def __init__(self, private: Ed25519PrivateKey, root_der: bytes) -> None:
         """Raises InvalidInput when key and certificate do not belong together."""
         check_root(root_der)
-        root = x509.load_der_x509_certificate(root_der)
-        if root.public_key() != private.public_key():
-            raise InvalidInput("the authority's key does not belong to the root certificate", code="bad_key")
-        self._private = private
-        self._subject = root.subject
+        super().__init__(private, root_der, root_der)
         self.root_der = root_der
-        self.mesh_id: MeshId = mesh_id_of(root_der)
 
     @classmethod
     def found(cls, now: datetime) -> MeshAuthority:
@@ -50,7 +108,7 @@ class MeshAuthority:
                 x509.NameAttribute(NameOID.COMMON_NAME, f"hexmesh root {own_fingerprint[:16]}"),
             ]
         )
-        builder = _builder(name, name, private.public_key(), now, ROOT_VALIDITY)
+        builder = _builder(name, name, private.public_key(), now, now + ROOT_VALIDITY)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=1), critical=True)
         builder = builder.add_extension(_key_usage(signs_certificates=True), critical=True)
         root = builder.sign(private, algorithm=None)
@@ -64,29 +122,18 @@ class MeshAuthority:
         """The root key, unencrypted: for a file that only its owner can read."""
         return private_key_to_pem(self._private)
 
-    def issue(
-        self, csr_der: bytes, dht_peer_id: str, now: datetime, validity: timedelta = NODE_VALIDITY
-    ) -> bytes:
-        """A node certificate (DER) for the key that a request proves. Raises Refused or InvalidInput."""
-        public = _proven_key(csr_der)
-        _check_dht_peer_id(dht_peer_id)
-        node_id = node_id_of(public.public_bytes_raw())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, node_id)])
-        uris = [node_uri(self.mesh_id, node_id), dht_uri(self.mesh_id, dht_peer_id)]
-        names = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(uri) for uri in uris])
-        usages = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH])
-        builder = _builder(name, self._subject, public, now, validity)
-        builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        builder = builder.add_extension(_key_usage(signs_certificates=False), critical=True)
-        builder = builder.add_extension(usages, critical=False)
-        builder = builder.add_extension(names, critical=False)
-        builder = builder.add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(self._private.public_key()), critical=False
-        )
-        return builder.sign(self._private, algorithm=None).public_bytes(Encoding.DER)
+    def appoint(self, public_bytes: bytes, now: datetime) -> bytes:
+        """An issuer certificate (DER) for a member's raw public key, good for as long as the root's.
 
-    def __repr__(self) -> str:
-        return f"MeshAuthority({self.mesh_id})"
+        The caller has seen the member prove that it holds the key, as every TLS handshake does.
+        """
+        public = Ed25519PublicKey.from_public_bytes(public_bytes)
+        name = issuer_name(node_id_of(public_bytes))
+        builder = _builder(name, self._subject, public, now, self._not_after)
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        builder = builder.add_extension(_key_usage(signs_certificates=True), critical=True)
+        builder = builder.add_extension(_authority_key(self._private), critical=False)
+        return builder.sign(self._private, algorithm=None).public_bytes(Encoding.DER)
 
 
 def request_certificate(key: NodeKey) -> bytes:
@@ -119,12 +166,16 @@ def _check_dht_peer_id(dht_peer_id: str) -> None:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, public: Ed25519PublicKey, now: datetime, validity: timedelta
+    subject: x509.Name, issuer: x509.Name, public: Ed25519PublicKey, now: datetime, not_after: datetime
 ) -> x509.CertificateBuilder:
     builder = x509.CertificateBuilder().subject_name(subject).issuer_name(issuer).public_key(public)
     builder = builder.serial_number(x509.random_serial_number())
-    builder = builder.not_valid_before(now - CLOCK_SLACK).not_valid_after(now + validity)
+    builder = builder.not_valid_before(now - validity.CLOCK_SLACK).not_valid_after(not_after)
     return builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+
+
+def _authority_key(private: Ed25519PrivateKey) -> x509.AuthorityKeyIdentifier:
+    return x509.AuthorityKeyIdentifier.from_issuer_public_key(private.public_key())
 
 
 def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:

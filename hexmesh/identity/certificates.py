@@ -2,13 +2,15 @@
 
 The web's path validation libraries refuse Ed25519, so the rules stand here: signatures, validity, CA flags
 and path lengths, key usage, and two URIs in the subject's alternative names,
-`hexmesh://<mesh id>/node/<node id>` and `hexmesh://<mesh id>/dht/<libp2p peer id>`.
+`hexmesh://<mesh id>/node/<node id>` and `hexmesh://<mesh id>/dht/<libp2p peer id>`. Between a node and the root
+there may stand an issuer: a node whose own key the root certified under the name `hexmesh issuer <node id>`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,13 +20,16 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtendedKeyUsageOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hexmesh.errors import InvalidInput, Refused
 from hexmesh.identity.keys import node_id_of, verify
+from hexmesh.identity.validity import Validity
 from hexmesh.ids import MeshId, NodeId, fingerprint
 
 _SCHEME = "hexmesh"
+_ISSUER = "hexmesh issuer "
+_ISSUER_NAME = re.compile(_ISSUER + r"([0-9a-f]{40})")
 _MAX_CHAIN = 4
 
 _WHOLE_64_BYTES = b"\x03\x41\x00"
@@ -52,7 +57,19 @@ class MemberIdentity:
     dht_peer_id: str
     public_bytes: bytes
     """Raw Ed25519 public key, 32 bytes; the node id is its fingerprint."""
+    not_before: datetime
     not_after: datetime
+    issuer_id: NodeId | None = None
+    """The node that issued the certificate; None: the root itself."""
+
+    @property
+    def validity(self) -> Validity:
+        return Validity.between(self.not_before, self.not_after)
+
+    @property
+    def is_issuer(self) -> bool:
+        """Whether the certificate proves that its node is an issuer: issuers certify themselves."""
+        return self.issuer_id == self.node_id
 
     def has_signed(self, payload: bytes, signature: bytes) -> bool:
         """Whether this member signed exactly this payload."""
@@ -75,6 +92,11 @@ def node_uri(mesh_id: str, node_id: str) -> str:
 
 def dht_uri(mesh_id: str, dht_peer_id: str) -> str:
     return f"{_SCHEME}://{mesh_id}/dht/{dht_peer_id}"
+
+
+def issuer_name(node_id: str) -> x509.Name:
+    """The subject of a node's issuer certificate."""
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, _ISSUER + node_id)])
 
 
 def to_pem(chain: Sequence[bytes]) -> bytes:
@@ -109,7 +131,9 @@ def read_member(certificate_der: bytes) -> MemberIdentity:
         node_id=node_id,
         dht_peer_id=dht_peer_id,
         public_bytes=public_bytes,
+        not_before=certificate.not_valid_before_utc,
         not_after=certificate.not_valid_after_utc,
+        issuer_id=_issuer_id(certificate.issuer),
     )
 
 
@@ -122,11 +146,46 @@ def verify_member(chain: Sequence[bytes], root_der: bytes, now: datetime) -> Mem
         _check_signature(certificate, issuer)
         _check_authority(issuer, n_below=i)
         _check_validity(certificate, now)
+    for certificate in certificates[1:-1]:
+        _check_issuer_name(certificate)
     _check_leaf(certificates[0])
     identity = read_member(chain[0])
     if identity.mesh_id != mesh_id_of(root_der):
         raise _refusal("the certificate names another mesh", code="other_mesh")
     return identity
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IssuerIdentity:
+    """Whom an issuer certificate names. The older of two issuers is the one certified earlier."""
+
+    node_id: NodeId
+    public_bytes: bytes
+    certified_at: datetime
+
+    @property
+    def seniority(self) -> tuple[datetime, NodeId]:
+        """Sorts the oldest first."""
+        return (self.certified_at, self.node_id)
+
+
+def read_issuer(certificate_der: bytes, root_der: bytes) -> IssuerIdentity:
+    """Whom the root certified as an issuer, whether or not that is valid now. Raises Refused."""
+    certificate, root = _load_or_refuse(certificate_der), _load_or_refuse(root_der)
+    _check_signature(certificate, root)
+    _check_authority(certificate, n_below=0)
+    _check_issuer_name(certificate)
+    public_bytes = _public_key(certificate).public_bytes_raw()
+    return IssuerIdentity(
+        node_id=node_id_of(public_bytes),
+        public_bytes=public_bytes,
+        certified_at=certificate.not_valid_before_utc,
+    )
+
+
+def root_public_bytes(root_der: bytes) -> bytes:
+    """The root's raw Ed25519 public key. Raises Refused."""
+    return _public_key(_load_or_refuse(root_der)).public_bytes_raw()
 
 
 def _load(der: bytes) -> x509.Certificate:
@@ -163,6 +222,16 @@ def _check_authority(issuer: x509.Certificate, n_below: int) -> None:
         raise _refusal("the chain is longer than its authority allows")
 
 
+def _check_issuer_name(issuer: x509.Certificate) -> None:
+    if _issuer_id(issuer.subject) != node_id_of(_public_key(issuer).public_bytes_raw()):
+        raise _refusal("the issuing certificate's name is not the fingerprint of its key")
+
+
+def _issuer_id(name: x509.Name) -> NodeId | None:
+    found = _ISSUER_NAME.fullmatch(",".join(str(part.value) for part in name))
+    return NodeId(found[1]) if found is not None else None
+
+
 def _check_validity(certificate: x509.Certificate, now: datetime) -> None:
     if now < certificate.not_valid_before_utc:
         raise Refused(
@@ -175,7 +244,7 @@ def _check_validity(certificate: x509.Certificate, now: datetime) -> None:
         raise Refused(
             f"the certificate expired at {certificate.not_valid_after_utc:%Y-%m-%d %H:%M:%S} UTC",
             code="certificate_expired",
-            next_step="join again with a new token (leave --forget first), or set this host's clock",
+            next_step="start it with a new token (`hexmesh token create` on a member), or set its clock",
         )
 
 

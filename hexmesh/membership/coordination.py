@@ -198,8 +198,7 @@ class Coordination:
     def peer_forgotten(self, node: str, now_s: float) -> list[Output]:
         """`node` is no longer a peer: its address is gone for good, or its membership was revoked."""
         self._peers.forget(node)
-        if self._coordinator is not None:
-            self._coordinator.drop(node, "no longer a peer", now_s)
+        self._note_gone(node, "no longer a peer", now_s)
         return self._finish(now_s)
 
     def connection_refused(self, node: str, now_s: float) -> list[Output]:

@@ -53,6 +53,8 @@ class PeerRefused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     code: Text
     message: Sentence
     next_step: Sentence = ""
+    proof: Annotated[bytes, msgspec.Meta(max_length=48 * 1024)] = b""
+    """The signed revocation that is the reason. Without it, this is the sender's word alone."""
 
 
 class WantRoot(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -23,8 +23,10 @@ from daemon.views import (
     MemberView,
     PlanView,
     Readiness,
+    Removed,
     RequestView,
     StatusView,
+    TokenView,
     TopologyView,
 )
 from daemon.web.access import HttpOptions
@@ -242,6 +244,18 @@ class FakeService:
     async def create_token(self, *, ttl_s: float, uses: int) -> Issued:
         self.calls.append(("token", (ttl_s, uses)))
         return Issued(token="hm1.x", join_command="hexmesh join", expires_s=ttl_s, uses=uses)
+
+    def tokens(self) -> list[TokenView]:
+        return [
+            TokenView(id="ab12", uses=2, uses_left=1, expires_s=60.0, issuer="a" * 40, redeemed_by=["b" * 40])
+        ]
+
+    async def revoke_token(self, token_id: str) -> None:
+        self.calls.append(("revoke", token_id))
+
+    async def remove_node(self, name_or_id: str) -> Removed:
+        self.calls.append(("remove", name_or_id))
+        return Removed(id="b" * 40, name=name_or_id)
 
     async def replan(self, reason: str) -> None:
         self.calls.append(("replan", reason))

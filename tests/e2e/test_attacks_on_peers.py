@@ -83,7 +83,7 @@ async def test_a_stolen_certificate_that_expired(
     a, b = pair
     key = NodeKey.generate()
     long_ago = datetime.now(UTC) - timedelta(days=9)
-    certificate = authority.issue(request_certificate(key), DHT_PEER_ID, long_ago, timedelta(days=1))
+    certificate = authority.issue(request_certificate(key), DHT_PEER_ID, long_ago)
     files = write_files(tmp_path / "thief", key, certificate, authority.root_der)
     async with network_of(a), network_of(b) as at_b:
         for _ in range(3):

@@ -16,6 +16,7 @@ from daemon.peering.peers import PeerNetwork
 from hexmesh.errors import HexmeshError, Lost, Refused
 from hexmesh.identity.authority import MeshAuthority
 from hexmesh.wire.frames import FrameLimits, frame_parts
+from hexmesh.wire.peering import PeerRefused
 from tests.e2e.members import Member, make_member
 
 LIMITS = FrameLimits(header_bytes=100, payload_bytes=10_000_000)
@@ -81,12 +82,14 @@ async def test_a_member_that_is_removed_loses_its_bulk_connections(
 ) -> None:
     a, b = make_member(authority, tmp_path, "a"), make_member(authority, tmp_path, "b")
     echoes = Echoes()
-    async with network(a) as from_a, network(b, echoes.serve) as from_b:
+    removed: list[PeerRefused] = []
+    events = replace(b.events, on_bulk=echoes.serve, judge=lambda member: removed[0] if removed else None)
+    async with network(a) as from_a, PeerNetwork(b.local, b.listener, events) as from_b:
         from_a.learn_address(b.node_id, "127.0.0.1", b.port)
         with await from_a.open_bulk(b.node_id) as sock:
             await asyncio.to_thread(ask, sock, b"x")
-            from_b.learn_address(a.node_id, "127.0.0.1", a.port)
-            from_b.remove(a.node_id)
+            removed.append(PeerRefused(code="removed", message="it was removed"))
+            from_b.review()
             with pytest.raises(Lost):
                 await asyncio.to_thread(sock.receive)
         with pytest.raises(Lost):

@@ -191,11 +191,36 @@ def test_token_create_carries_the_admin_key(daemon: Recording, hexmesh: Hexmesh)
     )
 
 
+def test_tokens_are_listed_and_revoked(daemon: Recording, hexmesh: Hexmesh) -> None:
+    daemon.answers["GET", "/admin/tokens"] = [
+        {"id": "ab12", "uses": 3, "uses_left": 2, "expires_s": 90.0, "issuer": "f" * 40, "redeemed_by": []}
+    ]
+    daemon.answers["POST", "/admin/token/revoke"] = {"revoked": "ab12"}
+    code, out, _ = hexmesh("token", "ls")
+    words = [" ".join(line.split()) for line in out.splitlines()]
+    assert (code, words) == (0, ["ID USES LEFT EXPIRES IN BY", "ab12 2 of 3 90.0 s ffffffff"])
+    assert json.loads(hexmesh("token", "ls", "-o", "json")[1]) == daemon.answers["GET", "/admin/tokens"]
+    daemon.asked.clear()
+    assert hexmesh("token", "revoke", "ab12") == (0, "", "revoked ab12\n")
+    key = f"Bearer {recorded.ADMIN_KEY}"
+    assert daemon.asked == [("POST", "/admin/token/revoke", {"id": "ab12"}, key)]
+
+
+def test_a_node_is_removed_by_name(daemon: Recording, hexmesh: Hexmesh) -> None:
+    daemon.answers["POST", "/admin/node/remove"] = {"id": "b" * 40, "name": "two"}
+    assert hexmesh("node", "remove", "two") == (0, "", "removed two (bbbbbbbb)\n")
+    key = f"Bearer {recorded.ADMIN_KEY}"
+    assert daemon.asked == [("POST", "/admin/node/remove", {"node": "two"}, key)]
+
+
 def test_without_the_admin_key_a_change_is_refused(
     daemon: Recording, hexmesh: Hexmesh, tmp_path: Path
 ) -> None:
     (tmp_path / "admin.key").unlink()
-    for verb in (("token", "create"), ("replan",), ("leave",)):
+    for verb in (
+        *(("token", "create"), ("token", "ls"), ("token", "revoke", "x")),
+        *(("node", "remove", "x"), ("replan",), ("leave",)),
+    ):
         code, _, err = hexmesh(*verb)
         assert (code, err.count("\n")) == (4, 1)
         assert "run this as the daemon's user, with its --state-dir" in err

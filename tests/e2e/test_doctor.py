@@ -40,6 +40,7 @@ from daemon.trust.admission import found_mesh
 from daemon.trust.state import Membership, StateFolder
 from hexmesh.cluster import Cluster, Device, Node
 from hexmesh.identity.keys import NodeKey
+from hexmesh.identity.revocations import sign_revocation
 from hexmesh.model_spec import model_spec_from_config
 from hexmesh.schedule.layout import lay_out
 from hexmesh.schedule.misfit import NoFit, least_layer_bytes
@@ -334,10 +335,48 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert (first.check, first.finding.startswith("1.0 MiB are free")) == ("disk", True)
 
 
+def ordinary_member(folder: Path, model: ModelReference, age: timedelta) -> None:
+    """A node that is no issuer, with a certificate so old."""
+    membership = member(folder, model, now=datetime.now(UTC) - age)
+    with StateFolder(folder) as state:
+        state.save_membership(msgspec.structs.replace(membership, issuer_der=b""))
+
+
 def test_an_expired_certificate(tmp_path: Path, shipped: ModelReference) -> None:
-    member(tmp_path / "s", shipped, now=datetime.now(UTC) - timedelta(days=400))
+    ordinary_member(tmp_path / "s", shipped, timedelta(days=9))
     first = the_one_thing(examine(options(tmp_path / "s"), world()))
     assert (first.check, "the certificate expired at" in first.finding) == ("certificate", True)
+
+
+@pytest.mark.parametrize(
+    ("age", "outcome", "said"),
+    [
+        (timedelta(hours=1), "pass", "renewed while the daemon runs"),
+        (timedelta(days=2), "warn", "others accept it"),
+    ],
+)
+def test_a_certificate_s_age(
+    tmp_path: Path, shipped: ModelReference, age: timedelta, outcome: str, said: str
+) -> None:
+    ordinary_member(tmp_path / "s", shipped, age)
+    (finding,) = [one for one in examine(options(tmp_path / "s"), world()) if one.check == "certificate"]
+    assert (finding.outcome, said in finding.finding) == (outcome, True)
+
+
+def test_an_issuer_renews_its_own_certificate_however_old(tmp_path: Path, shipped: ModelReference) -> None:
+    member(tmp_path / "s", shipped, now=datetime.now(UTC) - timedelta(days=400))
+    (finding,) = [one for one in examine(options(tmp_path / "s"), world()) if one.check == "certificate"]
+    assert (finding.outcome, "renews it when it starts" in finding.finding) == ("pass", True)
+
+
+def test_a_removed_node(tmp_path: Path, shipped: ModelReference) -> None:
+    member(tmp_path / "s", shipped)
+    with StateFolder(tmp_path / "s") as state:
+        root = state.authority()
+        assert root is not None
+        state.save_revocations([sign_revocation(root, state.node_key().node_id, now_unix_s=1.0, sequence=1)])
+    first = the_one_thing(examine(options(tmp_path / "s"), world()))
+    assert (first.check, "was removed from the mesh" in first.finding) == ("certificate", True)
 
 
 def test_a_certificate_that_is_not_valid_yet(tmp_path: Path, shipped: ModelReference) -> None:
@@ -371,7 +410,7 @@ async def test_a_clock_so_far_off_that_no_certificate_holds(tmp_path: Path, ship
     async with founder(tmp_path / "a") as a:
         with StateFolder(tmp_path / "s") as state:
             state.node_key()
-            state.save_membership(msgspec.structs.replace(a.membership, model=shipped))
+            state.save_membership(msgspec.structs.replace(a.membership, model=shipped, issuer_der=b""))
         late = world(clock=lambda: time.time() + 400 * 86400)
         findings = await asyncio.to_thread(examine, options(tmp_path / "s", peer=str(a.address)), late)
 

@@ -906,6 +906,8 @@ async def test_sdk_with_a_key(service: FakeService) -> None:
     [
         ("/admin/token", {"ttl_s": 60, "uses": 2}, ("token", (60.0, 2)), 200),
         ("/admin/token", None, ("token", (3600.0, 1)), 200),
+        ("/admin/token/revoke", {"id": "ab12"}, ("revoke", "ab12"), 200),
+        ("/admin/node/remove", {"node": "b"}, ("remove", "b"), 200),
         ("/admin/replan", {"reason": "test"}, ("replan", "test"), 202),
         ("/admin/leave", {"forget": True}, ("leave", True), 202),
         ("/admin/node/drain", {"node": "two", "deadline_s": 5}, ("order", ("two", "drain", 5.0)), 200),
@@ -933,6 +935,16 @@ async def test_changing_the_mesh_needs_the_admin_key(
         assert set(answer) == {"token", "join_command", "expires_s", "uses"}
 
 
+async def test_tokens_are_shown_to_the_admin_key_alone(service: FakeService) -> None:
+    async with serving(service, api_keys=("key-1",), admin_key="root") as (_, session):
+        for key, status in ((None, 401), ("key-1", 403), ("root", 200)):
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            async with session.get("/admin/tokens", headers=headers) as response:
+                assert response.status == status
+                answer = await response.json()
+    assert answer == json.loads(msgspec.json.encode(service.tokens()))
+
+
 async def test_without_an_admin_key_nobody_changes_the_mesh(
     service: FakeService, session: ClientSession
 ) -> None:
@@ -958,6 +970,8 @@ async def test_bad_admin_bodies(service: FakeService) -> None:
             ("/admin/leave", []),
             ("/admin/node/drain", {}),
             ("/admin/node/drain", {"node": "two", "deadline_s": -1}),
+            ("/admin/token/revoke", {}),
+            ("/admin/node/remove", {"node": ""}),
         ):
             assert (await post(session, path, body, **headers))[0] == 400
     assert service.calls == []

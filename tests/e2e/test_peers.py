@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
@@ -25,13 +25,14 @@ from daemon.peering.address import LOOPBACK, bound_address, listen_tcp
 from daemon.peering.peers import CHANNELS, PeerEvents, PeerNetwork
 from daemon.peering.tls import client_context, stranger_context
 from hexmesh.errors import Busy, InvalidInput, Lost
-from hexmesh.identity.authority import MeshAuthority
+from hexmesh.identity.authority import MeshAuthority, request_certificate
+from hexmesh.identity.certificates import read_member, to_pem
 from hexmesh.identity.keys import NodeKey
 from hexmesh.wire import codec
 from hexmesh.wire.data import GenerateCancel
 from hexmesh.wire.frames import FrameDecoder, FrameLimits
 from hexmesh.wire.peering import Channel, MeshRoot, PeerHello, PeerRefused, WantRoot
-from tests.e2e.members import Member, make_member, write_tls_files
+from tests.e2e.members import DHT_PEER_ID, Member, make_member, write_tls_files
 
 SHORT_CHANNELS = CHANNELS | {
     "data": replace(CHANNELS["data"], limits=FrameLimits(1000, 1000), queue_bytes=4000),
@@ -385,20 +386,61 @@ async def test_unlike_clocks_are_reported(
     assert "NTP" in caplog.text
 
 
-async def test_a_removed_member_is_cut_off_and_stays_out(pair: tuple[Member, Member]) -> None:
+@pytest.mark.parametrize("is_dialler", [True, False], ids=["it-dialled", "it-was-dialled"])
+async def test_a_member_that_is_refused_by_now_is_cut_off_and_stays_out(
+    pair: tuple[Member, Member], is_dialler: bool
+) -> None:
     a, b = pair
-    async with network_of(a) as at_a, network_of(b) as at_b:
-        introduce(at_b, a)
-        at_b.send(a.node_id, note("one"), channel="data")
-        await a.until(lambda: len(a.messages) == 1)
-        at_a.remove(b.node_id)
-        await b.until(lambda: ("lost", a.node_id, "data") in b.seen)
-        b.seen.clear()
-        at_b.send(a.node_id, note("two"), channel="data")
-        await b.until(lambda: ("lost", a.node_id, "data") in b.seen)
+    refused: list[PeerRefused] = []
+    proofs: list[bytes] = []
+    events_a = replace(a.events, judge=lambda member: refused[0] if refused else None)
+    events_b = replace(b.events, on_proof=lambda proof: (proofs.append(proof), b._saw("proof")))
+    async with (
+        PeerNetwork(a.local, a.listener, events_a) as at_a,
+        PeerNetwork(b.local, b.listener, events_b) as at_b,
+    ):
+        introduce(at_b, a) if is_dialler else introduce(at_a, b)
+        one, other = (at_b, a) if is_dialler else (at_a, b)
+        one.send(other.node_id, note("one"), channel="data")
+        await other.until(lambda: len(other.messages) == 1)
+        refused.append(PeerRefused(code="removed", message="it was removed", proof=b"signed"))
+        at_a.review()
+        await b.until(lambda: any(event[:2] == ("down", a.node_id) for event in b.seen))
+        await a.until(lambda: any(event[:2] == ("down", b.node_id) for event in a.seen))
+        at_b.send(a.node_id, note("two"))
+        await b.until(lambda: proofs != [])
+        at_a.send(b.node_id, note("three"))
 
-    assert len(a.messages) == 1
-    assert at_a.peer(b.node_id) is None
+    assert set(proofs) == {b"signed"}
+    assert len(a.messages) + len(b.messages) == 1
+
+
+@pytest.mark.parametrize("is_dialler", [True, False], ids=["it-dials", "it-is-dialled"])
+async def test_a_renewed_certificate_is_shown_at_once_and_costs_no_connection(
+    authority: MeshAuthority, pair: tuple[Member, Member], tmp_path: Path, is_dialler: bool
+) -> None:
+    a, b = pair
+    shown: list[bytes] = []
+    watching = replace(b.events, judge=lambda member: shown.append(member.not_after))
+    async with network_of(a) as at_a, PeerNetwork(b.local, b.listener, watching) as at_b:
+        introduce(at_a, b) if is_dialler else introduce(at_b, a)
+        one, other = (at_a, b) if is_dialler else (at_b, a)
+        one.send(other.node_id, note("one"))
+        await other.until(lambda: len(other.messages) == 1)
+        key = NodeKey.from_pem(a.local.tls.key_file.read_bytes())
+        later = datetime.now(UTC) + timedelta(minutes=2)
+        certificate = authority.issue(request_certificate(key), DHT_PEER_ID, later)
+        a.local.tls.certificate_file.write_bytes(to_pem([certificate]))
+        at_a.reload_certificate()
+        one.send(other.node_id, note("two"))
+        one.send(other.node_id, note("three"), channel="data")
+        await other.until(lambda: len(other.messages) == 3)
+        seen = [*a.seen, *b.seen]
+
+    assert shown == sorted(shown)
+    assert len(set(shown)) == 2
+    assert shown[-1] == read_member(certificate).not_after
+    assert seen == [("up", b.node_id), ("up", a.node_id)]
 
 
 async def test_an_oversized_frame_closes_only_its_connection(

@@ -210,3 +210,19 @@ def test_where_the_settings_file_is(tmp_path: Path) -> None:
     assert find_config_file(environ, tmp_path) == users
     (tmp_path / "hexmesh.toml").touch()
     assert find_config_file(environ, tmp_path) == tmp_path / "hexmesh.toml"
+
+
+@pytest.mark.parametrize("flag", ["name", "site", "served_name"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x" * 257, "has 257 characters, over 256"),
+        ("a\x1b[2Jb", "cannot be printed"),
+        ("a\nb", "cannot be printed"),
+    ],
+)
+def test_names_that_spoil_logs_and_terminals_are_refused(flag: str, text: str, said: str) -> None:
+    with pytest.raises(InvalidInput, match=said) as refusal:
+        options(**{flag: text})
+    assert f"--{flag.replace('_', '-')} " in refusal.value.message
+    assert options(**{flag: "x" * 256}) is not None

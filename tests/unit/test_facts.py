@@ -56,7 +56,7 @@ def new_attestor(folder: Path, *removed: str) -> Attestor:
         (certificate,),
         authority.root_der,
         now=lambda: now,
-        is_revoked=lambda node: node in removed or "all" in removed,
+        is_refused=lambda member: member.node_id in removed or "all" in removed,
     )
 
 

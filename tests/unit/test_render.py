@@ -23,6 +23,8 @@ from daemon.terminal.render_plan import plan_view
 from daemon.terminal.render_tables import links_table, members_table, requests_table, status_view
 from daemon.views import (
     Blocker,
+    CertificateState,
+    CertificateView,
     LinkView,
     MemberView,
     PlanView,
@@ -201,6 +203,22 @@ def test_members_are_not_cut_in_a_narrow_terminal() -> None:
         "tokyo-2  b2b2b2b2  10.0.0.2:7701  tokyo  alive  -            65.0 s  300 us  0.1.0\n"
         "osaka-1  c3c3c3c3  10.0.0.3:7701  osaka  alive  -            65.0 s  300 us  0.1.0\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ("valid", "valid for 23 h 0 m, then renewed"),
+        ("grace", "not renewed: refused in 168 h 0 m; no issuer is reached"),
+        ("expired", "expired"),
+    ],
+)
+def test_certificates_that_should_have_been_renewed_are_seen(state: CertificateState, said: str) -> None:
+    shown = CertificateView(state=state, expires_s=23 * 3600.0, refused_s=7 * 86400.0, issuer=None)
+    status = msgspec.structs.replace(view(recorded.STATUS, StatusView), certificate=shown)
+    assert f"certificate  {said}\n" in plain_text(status_view(status, NAMES))
+    member = msgspec.structs.replace(view(recorded.MEMBERS, list[MemberView])[0], certificate=state)
+    assert (f"alive, certificate: {state}" in plain_text(members_table([member]))) == (state != "valid")
 
 
 def test_links() -> None:

@@ -41,7 +41,7 @@ from daemon.models.weight_server import WeightServer  # noqa: E402
 from daemon.peering.address import LOOPBACK, bound_address, listen_tcp, parse_address  # noqa: E402
 from daemon.peering.bulk import BulkSocket  # noqa: E402
 from daemon.peering.greeting import LocalPeer  # noqa: E402
-from daemon.peering.outgoing import dial_bulk  # noqa: E402
+from daemon.peering.outgoing import NoVerdicts, dial_bulk  # noqa: E402
 from daemon.peering.peers import PeerEvents, PeerNetwork  # noqa: E402
 from daemon.peering.tls import TlsFiles, client_context  # noqa: E402
 from hexmesh.identity.authority import MeshAuthority, request_certificate  # noqa: E402
@@ -205,7 +205,7 @@ async def fetch(
     context, me = client_context(own.tls), own.local_peer("bench", "")
 
     async def dial(node_id: NodeId) -> BulkSocket:
-        return await dial_bulk(me, context, node_id, addresses[node_id])
+        return await dial_bulk(me, context, node_id, addresses[node_id], NoVerdicts())
 
     job = WeightFetch(
         model_id=local.id,
@@ -234,7 +234,8 @@ async def watch_lateness(late: list[float]) -> None:
 async def copy_plain(own: Identity, peer: Peer, n_bytes: int) -> float:
     """Seconds to receive a file through one TLS socket."""
     me = own.local_peer("bench", "")
-    sock = await dial_bulk(me, client_context(own.tls), peer.identity.node_id, parse_address(peer.address))
+    address = parse_address(peer.address)
+    sock = await dial_bulk(me, client_context(own.tls), peer.identity.node_id, address, NoVerdicts())
 
     def receive() -> float:
         buffer = bytearray(4 * MIB)

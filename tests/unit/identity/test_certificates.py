@@ -15,25 +15,21 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from hexmesh.errors import InvalidInput, Refused
-from hexmesh.identity.authority import (
-    CLOCK_SLACK,
-    NODE_VALIDITY,
-    MeshAuthority,
-    request_certificate,
-    requesting_node,
-)
+from hexmesh.identity.authority import MeshAuthority, request_certificate, requesting_node
 from hexmesh.identity.certificates import (
     MemberIdentity,
     chain_from_pem,
     check_root,
     dht_uri,
+    issuer_name,
     mesh_id_of,
     node_uri,
     read_member,
     to_pem,
     verify_member,
 )
-from hexmesh.identity.keys import NodeKey
+from hexmesh.identity.keys import NodeKey, node_id_of
+from hexmesh.identity.validity import CLOCK_SLACK, GRACE, NODE_VALIDITY
 from hexmesh.ids import fingerprint
 
 NOW = datetime(2026, 5, 1, 12, tzinfo=UTC)
@@ -88,7 +84,8 @@ def test_an_issued_certificate_names_the_member() -> None:
         node_id=KEY.node_id,
         dht_peer_id=PEER_ID,
         public_bytes=KEY.public_bytes,
-        not_after=NOW + NODE_VALIDITY,
+        not_before=NOW - CLOCK_SLACK,
+        not_after=NOW + NODE_VALIDITY + GRACE,
     )
 
     assert verify_member([CERTIFICATE], MESH.root_der, NOW) == expected
@@ -156,8 +153,8 @@ def test_another_mesh_is_refused() -> None:
     [
         (NOW - CLOCK_SLACK - timedelta(seconds=1), "certificate_not_yet_valid"),
         (NOW - CLOCK_SLACK, None),
-        (NOW + NODE_VALIDITY, None),
-        (NOW + NODE_VALIDITY + timedelta(seconds=1), "certificate_expired"),
+        (NOW + NODE_VALIDITY + GRACE, None),
+        (NOW + NODE_VALIDITY + GRACE + timedelta(seconds=1), "certificate_expired"),
     ],
 )
 def test_validity(at: datetime, code: str | None) -> None:
@@ -172,18 +169,26 @@ def test_validity(at: datetime, code: str | None) -> None:
 def issuers(path_length: int | None = 0, *, signs: bool = True, is_authority: bool = True) -> list[bytes]:
     """A chain of a node's certificate and an intermediate issuer's."""
     key = Ed25519PrivateKey.generate()
-    issuer = forge(
-        is_authority=is_authority,
-        path_length=path_length,
-        signs=signs,
-        subject=name("issuer"),
-        key=key,
-    )
-    return [forge(signer=key, issuer=name("issuer")), issuer]
+    subject = issuer_of(key)
+    issuer = forge(is_authority=is_authority, path_length=path_length, signs=signs, subject=subject, key=key)
+    return [forge(signer=key, issuer=subject), issuer]
+
+
+def issuer_of(key: Ed25519PrivateKey) -> x509.Name:
+    return issuer_name(node_id_of(key.public_key().public_bytes_raw()))
 
 
 def test_a_chain_through_an_issuer() -> None:
     assert verify_member(issuers(), MESH.root_der, NOW).node_id == KEY.node_id
+
+
+def test_an_issuer_under_another_name() -> None:
+    """TLS knows an issuer by its name alone, so the name has to be that of its key."""
+    key, other = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    issuer = forge(is_authority=True, path_length=0, signs=True, subject=issuer_of(other), key=key)
+
+    with pytest.raises(Refused, match="not the fingerprint"):
+        verify_member([forge(signer=key, issuer=issuer_of(other)), issuer], MESH.root_der, NOW)
 
 
 @pytest.mark.parametrize("chain", [issuers(signs=False), issuers(None, is_authority=False)])
@@ -194,16 +199,17 @@ def test_an_issuer_without_the_right(chain: list[bytes]) -> None:
 
 def test_an_issuer_may_not_make_issuers() -> None:
     first_key, second_key = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
-    first = forge(is_authority=True, path_length=0, signs=True, subject=name("first"), key=first_key)
+    first_name, second_name = issuer_of(first_key), issuer_of(second_key)
+    first = forge(is_authority=True, path_length=0, signs=True, subject=first_name, key=first_key)
     second = forge(
         is_authority=True,
         signs=True,
-        subject=name("second"),
+        subject=second_name,
         key=second_key,
         signer=first_key,
-        issuer=name("first"),
+        issuer=first_name,
     )
-    leaf = forge(signer=second_key, issuer=name("second"))
+    leaf = forge(signer=second_key, issuer=second_name)
 
     with pytest.raises(Refused, match="longer than its authority allows"):
         verify_member([leaf, second, first], MESH.root_der, NOW)

@@ -89,6 +89,16 @@ def test_a_refused_connection_to_the_holder_shortens_the_lease() -> None:
     assert puppet.outputs(CoordinatorChanged) == [CoordinatorChanged(None)]
 
 
+def test_a_holder_that_was_removed_from_the_mesh_loses_the_lease() -> None:
+    puppet = Puppet()
+    puppet.hello("a")
+    puppet.ask(A)
+    puppet.machine.peer_forgotten("a", puppet.now_s)
+    puppet.tick(TIMERS.refused_lease_s + 0.01)
+    assert puppet.outputs(CoordinatorChanged) == [CoordinatorChanged(None)]
+    assert "a" not in puppet.machine.members(puppet.now_s)
+
+
 def test_a_late_beat_does_not_renew_a_lease_that_ends() -> None:
     puppet = Puppet()
     puppet.ask(A)
@@ -115,6 +125,13 @@ def test_a_coordinator_drops_a_host_that_refuses_connections() -> None:
     puppet.hold("a")
     outputs: list[Output] = puppet.machine.connection_refused("a", puppet.now_s)
     assert HostLost("a", "connection refused") in outputs
+
+
+def test_a_coordinator_drops_a_host_that_was_removed_from_the_mesh() -> None:
+    puppet = Puppet()
+    puppet.hold("a")
+    outputs: list[Output] = puppet.machine.peer_forgotten("a", puppet.now_s)
+    assert HostLost("a", "no longer a peer") in outputs
 
 
 def test_a_holder_that_says_it_stepped_down_is_believed() -> None:

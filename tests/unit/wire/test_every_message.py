@@ -21,13 +21,14 @@ from hexmesh.wire.facts import FACTS_MESSAGE
 from hexmesh.wire.frames import FrameDecoder, FrameLimits, FrameTooLarge
 from hexmesh.wire.notice import NOTICE_MESSAGE
 from hexmesh.wire.peering import JOIN_LIMITS, PEERING_MESSAGE
+from hexmesh.wire.trust import TRUST_MESSAGE
 from hexmesh.wire.worker import WORKER_REPLY, WORKER_REQUEST
 from tests.unit.wire.any_message import any_of, message_types
 
 CODECS: dict[str, tuple[object, Codec[Any]]] = {
     "peer": (
-        CONTROL_MESSAGE | DATA_MESSAGE | FACTS_MESSAGE | NOTICE_MESSAGE,
-        Codec(CONTROL_MESSAGE | DATA_MESSAGE | FACTS_MESSAGE | NOTICE_MESSAGE, name="peer"),
+        CONTROL_MESSAGE | DATA_MESSAGE | FACTS_MESSAGE | TRUST_MESSAGE | NOTICE_MESSAGE,
+        Codec(CONTROL_MESSAGE | DATA_MESSAGE | FACTS_MESSAGE | TRUST_MESSAGE | NOTICE_MESSAGE, name="peer"),
     ),
     "peering": (PEERING_MESSAGE, codec.PEERING),
     "worker request": (WORKER_REQUEST, codec.WORKER_REQUESTS),
