@@ -20,7 +20,8 @@ from daemon.peering.links import LinkMonitor
 from daemon.stages import StageHost
 from hexmesh.ids import short
 from hexmesh.serving.senders import sender_fault
-from hexmesh.wire.codec import Codec
+from hexmesh.wire.circuits import REACH_MESSAGE
+from hexmesh.wire.codec import Codec, ReachMessage
 from hexmesh.wire.control import (
     CONTROL_MESSAGE,
     Ack,
@@ -69,10 +70,11 @@ DataMessage = DATA_MESSAGE
 FactsMessage = FACTS_MESSAGE
 PeerMessage = ControlMessage | DataMessage | FactsMessage | PlanBlocked | NodeOrder | NodeReply
 
-PEER_MESSAGES: Codec[PeerMessage] = Codec(
-    CONTROL_MESSAGE | DATA_MESSAGE | FACTS_MESSAGE | NOTICE_MESSAGE | ORDER_MESSAGE, name="peer"
+PEER_MESSAGES: Codec[PeerMessage | ReachMessage] = Codec(
+    CONTROL_MESSAGE | DATA_MESSAGE | FACTS_MESSAGE | NOTICE_MESSAGE | ORDER_MESSAGE | REACH_MESSAGE,
+    name="peer",
 )
-"""Everything that members send each other once both have greeted."""
+"""Everything that members send each other once both have greeted. The peer network keeps REACH_MESSAGE."""
 
 
 @dataclass(slots=True, kw_only=True)
