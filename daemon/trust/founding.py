@@ -31,11 +31,10 @@ from daemon.trust.attestor import Attestor
 from daemon.trust.joining import Joiner, join_mesh
 from daemon.trust.ports import port_to_bind
 from daemon.trust.state import Membership, StateFolder
+from daemon.trust.told_token import check_told_token, told_token
 from hexmesh.cost import default_dtype
 from hexmesh.errors import InvalidInput, Refused
-from hexmesh.identity.certificates import root_sha256
 from hexmesh.identity.keys import NodeKey
-from hexmesh.identity.tokens import JoinToken, parse_token
 from hexmesh.ids import NodeId, short
 from hexmesh.wire.peering import MemberAddress
 
@@ -70,7 +69,7 @@ async def become_member(options: JoinOptions) -> AsyncIterator[Member]:
     """Found, join or rejoin. Raises HexmeshError naming what is in the way and what to do."""
     with StateFolder(options.state_dir) as state:
         known = await asyncio.to_thread(state.membership)
-        _check_token(options, known)
+        check_told_token(options, known)
         host, before = listen_host(options), await asyncio.to_thread(state.ports)
         port = port_to_bind(host, options.peer_port, before.peer, flag="--peer-port")
         with listen_tcp(host, port, flag="--peer-port") as listener:
@@ -135,7 +134,7 @@ async def _found(
 
 
 async def _join(options: JoinOptions, key: NodeKey, dht_peer_id: str, address: Address) -> Membership:
-    token = _token(options)
+    token = told_token(options)
     peer = parse_address(options.peer) if options.peer else None
     progress.info("joining through %s", peer or token.address, extra={"event": "joining"})
     named = await load_model(options.model, options) if options.model is not None else None
@@ -167,28 +166,6 @@ def _dialler(options: JoinOptions, state: StateFolder, key: NodeKey, membership:
         return await dial_bulk(local, context, NodeId(member.node_id), parse_address(member.address))
 
     return dial
-
-
-def _token(options: JoinOptions) -> JoinToken:
-    if options.token is None:
-        raise InvalidInput(
-            "joining needs a token",
-            code="no_token",
-            next_step="get one with `hexmesh token create` on a member, and give it in HEXMESH_TOKEN or --token-file",
-        )
-    return parse_token(options.token)
-
-
-def _check_token(options: JoinOptions, known: Membership | None) -> None:
-    """A member keeps its mesh: a token for it is not needed, one for another mesh is a mistake."""
-    if known is None or options.token is None:
-        return
-    if parse_token(options.token).root_sha256 != root_sha256(known.root_der):
-        raise Refused(
-            f"{options.state_dir} belongs to a member of mesh {short(known.mesh_id)}, and the token is for another",
-            code="other_mesh",
-            next_step="leave that mesh with `hexmesh leave --forget`, or give another --state-dir",
-        )
 
 
 def _check_dtype(options: JoinOptions, membership: Membership) -> None:
