@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from typing import NoReturn
 
 import msgspec
 
@@ -51,6 +50,7 @@ from daemon.service_group import ServiceGroup
 from daemon.snapshot import MeshState
 from daemon.stages import ModelFiles, StageHost
 from daemon.trust.admission import Admission
+from daemon.trust.cached_peers import KEEP_MEMBERS_S, member_addresses
 from daemon.trust.founding import Member, become_member
 from daemon.trust.ports import Ports, port_to_bind
 from daemon.upkeep import Upkeep
@@ -64,6 +64,7 @@ from hexmesh import __version__
 from hexmesh.errors import Busy, Lost, NotReady
 from hexmesh.ids import NodeId, new_boot
 from hexmesh.membership.coordination import Coordination
+from hexmesh.membership.reach import RELAY_ROLE
 from hexmesh.membership.records import DeviceFacts, NodeRecord
 from hexmesh.membership.timers import Timers
 from hexmesh.plan import DtypeName
@@ -79,7 +80,6 @@ progress = logging.getLogger("hexmesh.progress")
 
 FIRST_TOKEN_USES = 16
 FIRST_TOKEN_TTL_S = 3600.0
-KEEP_MEMBERS_S = 2.0
 STEPS_PAUSE_S = 0.5
 """Without a step of a request for so long, sending weights may take the whole link."""
 
@@ -178,6 +178,8 @@ class Node:
             on_peer_down=self._on_peer_down,
             on_refused=self._on_peer_gone,
             on_channel_lost=self._on_channel_lost,
+            on_path=lambda peer, is_relayed: self._links.path_changed(peer, is_relayed=is_relayed),
+            on_reach=self._on_reach,
             admit=self._admission.admit,
             on_bulk=lambda sock: self._weights.server.serve(sock),
         )
@@ -316,6 +318,8 @@ class Node:
             stats=stats,
             loop_time=self._loop.time,
             rng=self._rng,
+            peer_of=lambda node: self._network.peer(NodeId(node)),
+            reach=self._network.reach,
             starting="this node starts its workers and measures its devices",
         )
         self._upkeep = Upkeep(
@@ -476,6 +480,9 @@ class Node:
     def _on_record(self, record: NodeRecord) -> None:
         if record.node != self.node_id:
             self._dht.add_peers(record.dht_maddrs)
+            self._network.learn_reach(
+                NodeId(record.node), is_relay=RELAY_ROLE in record.roles, is_dialable=record.dialable
+            )
         self._planner.facts_changed()
         self._coordination.facts_changed()
 
@@ -491,6 +498,10 @@ class Node:
     def _on_peer_gone(self, node: str) -> None:
         self._coordination.connection_refused(node)
         self._reporter.node_lost(node, "its process is gone")
+
+    def _on_reach(self) -> None:
+        self._dht.serve(is_dialable=self._network.reach.is_dialable)
+        self._publisher.touch()
 
     def _on_channel_lost(self, node: str, channel: Channel, reason: str) -> None:
         if channel == "data":
@@ -530,7 +541,7 @@ class Node:
             name=options.name,
             site=options.site,
             peer_address=str(member.address),
-            dht_maddrs=self._dht.maddrs,
+            dht_maddrs=self._dht.maddrs if self._network.reach.is_dialable else (),
             http_url=None,
             hexmesh_version=__version__,
             protocol_version=PROTOCOL_VERSION,
@@ -540,6 +551,7 @@ class Node:
             has_all_weights=self._weights.is_whole,
             links=self._links.links(),
             availability=self._upkeep.availability,
+            dialable=self._network.reach.is_dialable,
         )
 
     def _publish(self, signed: bytes) -> None:
@@ -550,15 +562,7 @@ class Node:
                 self.send(peer.node_id, Facts(record=signed), channel="control")
 
     def _member_addresses(self) -> list[MemberAddress]:
-        return [
-            MemberAddress(
-                node_id=record.node,
-                name=record.name,
-                address=record.peer_address,
-                dht_maddrs=list(record.dht_maddrs),
-            )
-            for record in self._roster.directory.records()
-        ]
+        return member_addresses(self._roster.directory)
 
     # --- leaving ---
 

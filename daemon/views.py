@@ -207,6 +207,10 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     """Those of which all nodes answer and the driver runs; one is enough to be ready."""
     weights: WeightsView | None = None
     """While weights are fetched here."""
+    dialable: bool = True
+    """Whether other members can dial this node; where not, it is reached in other ways."""
+    undialable_by: list[str] = []
+    """Those that cannot, each with its reason."""
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):

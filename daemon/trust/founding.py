@@ -33,7 +33,7 @@ from daemon.trust.ports import port_to_bind
 from daemon.trust.state import Membership, StateFolder
 from daemon.trust.told_token import check_told_token, told_token
 from hexmesh.cost import default_dtype
-from hexmesh.errors import InvalidInput, Refused
+from hexmesh.errors import Refused
 from hexmesh.identity.keys import NodeKey
 from hexmesh.ids import NodeId, short
 from hexmesh.wire.peering import MemberAddress
