@@ -131,6 +131,8 @@ class BootstrapNode:
                 self._loop.add_signal_handler(number, self._ask_to_leave, False)
                 stack.callback(self._loop.remove_signal_handler, number)
             await self._leave_asked.wait()
+            await self._publisher.publish_now()
+            await self._network.flush(1.0)
         if self._forgets:
             await asyncio.to_thread(self._member.state.forget)
         progress.info("left the mesh for good" if self._forgets else "stopped; the same command rejoins")
@@ -296,6 +298,7 @@ class BootstrapNode:
             roles=(RELAY_ROLE,),
             links=self._links.links(),
             dialable=self._network.reach.is_dialable,
+            availability="left" if self._leave_asked.is_set() else "active",
         )
 
     def _publish(self, signed: bytes) -> None:

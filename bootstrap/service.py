@@ -27,6 +27,7 @@ from daemon.views import (
 from daemon.web.service import GenerationPart, GenerationRequest, ServedModel
 from hexmesh.errors import NotReady
 from hexmesh.membership.records import Directory
+from hexmesh.wire.orders import NodeStanding, OrderAction
 
 BLOCKER = Blocker(
     code="bootstrap_node",
@@ -180,6 +181,9 @@ class BootstrapService:
         return await asyncio.to_thread(self._admission.create_token, ttl_s=ttl_s, uses=uses)
 
     async def replan(self, reason: str) -> None:
+        raise _blocker_error()
+
+    async def order(self, node: str, action: OrderAction, deadline_s: float) -> NodeStanding:
         raise _blocker_error()
 
     async def leave(self, *, forget: bool) -> None:
