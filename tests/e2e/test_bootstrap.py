@@ -65,8 +65,8 @@ class Founder:
     def _hear(self, peer: NodeId, message: msgspec.Struct, payload: memoryview) -> None:
         self.heard.put_nowait((peer, message))
 
-    async def record_of(self, node: str) -> NodeRecord:
-        """The node's record, once it came."""
+    async def record_of(self, node: str, availability: str = "active") -> NodeRecord:
+        """The node's next record that says so, once it came."""
         async with asyncio.timeout(10):
             while True:
                 _, message = await self.heard.get()
@@ -77,8 +77,9 @@ class Founder:
                         verify=self.attestor.verify,
                         now_unix_s=datetime.now(UTC).timestamp(),
                     )
-                    if known.record.node == node and known.record.dht_maddrs:
-                        return known.record
+                    record = known.record
+                    if record.node == node and record.dht_maddrs and record.availability == availability:
+                        return record
 
 
 @contextlib.asynccontextmanager
@@ -137,6 +138,7 @@ async def test_it_joins_tells_its_role_and_comes_back_without_a_token(tmp_path: 
                 "/admin/requests",
             ):
                 await get(up, path)
+        assert (await founder.record_of(up.node_id, "left")).boot == record.boot
         async with running(tmp_path / "b") as again:
             assert again.node_id == up.node_id
             address = parse_address(again.peer_addr)
