@@ -16,6 +16,7 @@ from daemon.views import (
     Issued,
     KvBlocksView,
     LinkView,
+    MemberState,
     MemberView,
     NodeView,
     PlanView,
@@ -26,7 +27,7 @@ from daemon.views import (
 )
 from daemon.web.service import GenerationPart, GenerationRequest, ServedModel
 from hexmesh.errors import NotReady
-from hexmesh.membership.records import Directory
+from hexmesh.membership.records import Directory, NodeRecord
 from hexmesh.wire.orders import NodeStanding, OrderAction
 
 BLOCKER = Blocker(
@@ -104,7 +105,7 @@ class BootstrapService:
                 name=record.name,
                 address=record.peer_address,
                 site=record.site,
-                state="alive" if self._is_there(record.node) else "failed",
+                state=self._state_of(record),
                 roles=list(record.roles),
                 version=record.hexmesh_version,
                 age_s=max(0.0, now_unix_s - record.made_at_unix_s),
@@ -189,8 +190,10 @@ class BootstrapService:
     async def leave(self, *, forget: bool) -> None:
         self._ask_to_leave(forget)
 
-    def _is_there(self, node: str) -> bool:
-        return node == self._node_id or self._is_up(node)
+    def _state_of(self, record: NodeRecord) -> MemberState:
+        if record.availability == "left":
+            return "left"
+        return "alive" if record.node == self._node_id or self._is_up(record.node) else "failed"
 
 
 def _blocker_error() -> NotReady:
