@@ -13,6 +13,7 @@ from daemon.trust.admission import Admission
 from daemon.trust.state import Membership
 from daemon.views import (
     Blocker,
+    CachedModelView,
     Issued,
     KvBlocksView,
     LinkView,
@@ -177,6 +178,9 @@ class BootstrapService:
             blocker=BLOCKER,
             explanation=[],
         )
+
+    async def models(self) -> list[CachedModelView]:
+        return []
 
     async def create_token(self, *, ttl_s: float, uses: int) -> Issued:
         return await asyncio.to_thread(self._admission.create_token, ttl_s=ttl_s, uses=uses)
