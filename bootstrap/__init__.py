@@ -1,1 +1,1 @@
-"""The rendezvous node for peers that cannot be dialled. Not built yet: every node of a mesh must be reachable."""
+"""The rendezvous node: a stable address with a DHT and a relay, no model and no part in plans."""

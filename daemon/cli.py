@@ -16,6 +16,7 @@ import click
 from daemon.config import find_config_file, read_config_file
 from daemon.verbs.admin import leave, replan, token
 from daemon.verbs.ask import chat, generate
+from daemon.verbs.bootstrap import bootstrap
 from daemon.verbs.config import config
 from daemon.verbs.demo import demo
 from daemon.verbs.doctor import doctor
@@ -55,7 +56,7 @@ def cli(context: click.Context, config_file: str | None) -> None:
 
 
 for command in (
-    *(join, leave, wait, demo),
+    *(join, leave, wait, demo, bootstrap),
     *(status, members, links, topology, requests, plan, replan),
     *(generate, chat, token, node, model, version, doctor, config),
 ):

@@ -21,7 +21,8 @@ from daemon.stages import StageHost
 from daemon.trust.desk import TrustDesk
 from hexmesh.ids import NodeId, short
 from hexmesh.serving.senders import sender_fault
-from hexmesh.wire.codec import Codec
+from hexmesh.wire.circuits import REACH_MESSAGE
+from hexmesh.wire.codec import Codec, ReachMessage
 from hexmesh.wire.control import (
     CONTROL_MESSAGE,
     Ack,
@@ -72,11 +73,17 @@ FactsMessage = FACTS_MESSAGE
 TrustMessage = TRUST_MESSAGE
 PeerMessage = ControlMessage | DataMessage | FactsMessage | TrustMessage | PlanBlocked | NodeOrder | NodeReply
 
-PEER_MESSAGES: Codec[PeerMessage] = Codec(
-    CONTROL_MESSAGE | DATA_MESSAGE | FACTS_MESSAGE | TRUST_MESSAGE | NOTICE_MESSAGE | ORDER_MESSAGE,
+PEER_MESSAGES: Codec[PeerMessage | ReachMessage] = Codec(
+    CONTROL_MESSAGE
+    | DATA_MESSAGE
+    | FACTS_MESSAGE
+    | TRUST_MESSAGE
+    | NOTICE_MESSAGE
+    | ORDER_MESSAGE
+    | REACH_MESSAGE,
     name="peer",
 )
-"""Everything that members send each other once both have greeted."""
+"""Everything that members send each other once both have greeted. The peer network keeps REACH_MESSAGE."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -50,6 +50,7 @@ from daemon.runfile import Run, remove_run, write_run
 from daemon.service_group import ServiceGroup
 from daemon.snapshot import MeshState
 from daemon.stages import ModelFiles, StageHost
+from daemon.trust.cached_peers import KEEP_MEMBERS_S, member_addresses
 from daemon.trust.desk import TrustDesk
 from daemon.trust.founding import Member, become_member
 from daemon.trust.ports import Ports, port_to_bind
@@ -65,6 +66,7 @@ from hexmesh.errors import Busy, Lost, NotReady, Refused
 from hexmesh.identity.certificates import MemberIdentity
 from hexmesh.ids import NodeId, new_boot
 from hexmesh.membership.coordination import Coordination
+from hexmesh.membership.reach import RELAY_ROLE
 from hexmesh.membership.records import DeviceFacts, NodeRecord
 from hexmesh.membership.timers import Timers
 from hexmesh.plan import DtypeName
@@ -81,7 +83,6 @@ progress = logging.getLogger("hexmesh.progress")
 
 FIRST_TOKEN_USES = 16
 FIRST_TOKEN_TTL_S = 3600.0
-KEEP_MEMBERS_S = 2.0
 STEPS_PAUSE_S = 0.5
 """Without a step of a request for so long, sending weights may take the whole link."""
 
@@ -174,15 +175,7 @@ class Node:
         return [peer.node_id for peer in self._network.peers() if peer.is_up]
 
     def member_addresses(self) -> list[MemberAddress]:
-        return [
-            MemberAddress(
-                node_id=record.node,
-                name=record.name,
-                address=record.peer_address,
-                dht_maddrs=list(record.dht_maddrs),
-            )
-            for record in self._roster.directory.records()
-        ]
+        return member_addresses(self._roster.directory)
 
     def identity_of(self, node: str) -> MemberIdentity | None:
         return self._roster.identity(node)
@@ -229,6 +222,8 @@ class Node:
             on_peer_down=self._on_peer_down,
             on_refused=self._on_peer_gone,
             on_channel_lost=self._on_channel_lost,
+            on_path=lambda peer, is_relayed: self._links.path_changed(peer, is_relayed=is_relayed),
+            on_reach=self._on_reach,
             on_bulk=lambda sock: self._weights.server.serve(sock),
             admit=self._trust.admit,
             judge=self._trust.judge,
@@ -370,6 +365,8 @@ class Node:
             stats=stats,
             loop_time=self._loop.time,
             rng=self._rng,
+            peer_of=lambda node: self._network.peer(NodeId(node)),
+            reach=self._network.reach,
             starting="this node starts its workers and measures its devices",
         )
         self._upkeep = Upkeep(
@@ -529,6 +526,9 @@ class Node:
     def _on_record(self, record: NodeRecord) -> None:
         if record.node != self.node_id:
             self._dht.add_peers(record.dht_maddrs)
+            self._network.learn_reach(
+                NodeId(record.node), is_relay=RELAY_ROLE in record.roles, is_dialable=record.dialable
+            )
         self._planner.facts_changed()
         self._coordination.facts_changed()
 
@@ -545,6 +545,10 @@ class Node:
     def _on_peer_gone(self, node: str) -> None:
         self._coordination.connection_refused(node)
         self._reporter.node_lost(node, "its process is gone")
+
+    def _on_reach(self) -> None:
+        self._dht.serve(is_dialable=self._network.reach.is_dialable)
+        self._publisher.touch()
 
     def _on_channel_lost(self, node: str, channel: Channel, reason: str) -> None:
         if channel == "data":
@@ -584,7 +588,7 @@ class Node:
             name=options.name,
             site=options.site,
             peer_address=str(member.address),
-            dht_maddrs=self._dht.maddrs,
+            dht_maddrs=self._dht.maddrs if self._network.reach.is_dialable else (),
             http_url=None,
             hexmesh_version=__version__,
             protocol_version=PROTOCOL_VERSION,
@@ -594,6 +598,7 @@ class Node:
             has_all_weights=self._weights.is_whole,
             links=self._links.links(),
             availability=self._upkeep.availability,
+            dialable=self._network.reach.is_dialable,
         )
 
     def _publish(self, signed: bytes) -> None:

@@ -8,12 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 
+import msgspec
+
 from daemon.coordinator import CoordinationLoop
 from daemon.epochs import Epochs, HeldEpoch
 from daemon.gateway import Flight, Gateway, Route
 from daemon.models.node_weights import NodeWeights
 from daemon.models.weight_fetch import FetchProgress
 from daemon.peering.links import LinkMonitor
+from daemon.peering.peer_events import PeerInfo
+from daemon.reachability import find_apart, is_relay
 from daemon.trust.desk import TrustDesk
 from daemon.views import (
     AvailabilityView,
@@ -40,6 +44,7 @@ from daemon.views import (
 )
 from hexmesh.ids import short
 from hexmesh.membership.members import MemberView as CoordinationMember
+from hexmesh.membership.reach import OwnReach
 from hexmesh.membership.records import Directory, NodeRecord
 from hexmesh.plan import Plan, Replica, Stage
 from hexmesh.schedule.availability import WHY_BARRED
@@ -71,6 +76,9 @@ class MeshState:
     stats: dict[str, ReplicaStats]
     loop_time: Callable[[], float]
     rng: random.Random
+    peer_of: Callable[[str], PeerInfo | None]
+    """What connections tell of a node."""
+    reach: OwnReach
     starting: str | None
     """What this node still does before it can take part; None once it does."""
     is_leaving: bool = False
@@ -110,8 +118,11 @@ class MeshState:
         if self._whole_replicas():
             return Readiness(ready=True, blocker=None)
         blocked = self.coordination.blocked
+        apart = self._apart() if self.starting is None else None
         if blocked is not None:
-            return Readiness(ready=False, blocker=_blocker(blocked))
+            return Readiness(ready=False, blocker=_joined(_blocker(blocked), apart))
+        if apart is not None:
+            return Readiness(ready=False, blocker=apart)
         if self.starting is not None:
             return _not_ready("starting", self.starting, "wait: hexmesh wait --ready")
         if self.weights.progress is not None:
@@ -151,6 +162,12 @@ class MeshState:
             room_bytes=self.weights.room_bytes,
         )
         return Readiness(ready=False, blocker=blocker)
+
+    def _apart(self) -> Blocker | None:
+        """Members that run and are not connected, where this node knows of some."""
+        members = self.coordination.machine.members(self.loop_time())
+        alive = {node for node, member in members.items() if _answers(member)}
+        return find_apart(self.directory, self.peer_of, own=self.node_id, alive=alive, now_unix_s=time.time())
 
     def _unplanned(self) -> Readiness:
         plan = self.plan_now()
@@ -199,6 +216,10 @@ class MeshState:
             replicas_whole=len(self._whole_replicas()),
             weights=_weights_view(self.weights.progress) if self.weights.progress is not None else None,
             certificate=self.trust.certificate(),
+            dialable=self.reach.is_dialable,
+            undialable_by=[
+                f"{self.name_of(node)} ({reason})" for node, reason in sorted(self.reach.missed_by.items())
+            ],
         )
 
     def members(self) -> list[MemberView]:
@@ -329,6 +350,9 @@ class MeshState:
             return "left"
         if record.node == self.node_id:
             return "alive" if self.starting is None else "joining"
+        if is_relay(record):
+            peer = self.peer_of(record.node)
+            return "alive" if peer is not None and peer.is_up else "failed"
         if member is None or member.last_heard_s is None:
             return "joining" if record.sequence and not record.devices else "failed"
         if member.two_way:
@@ -344,7 +368,9 @@ class MeshState:
 
     def _roles(self, node: str) -> list[str]:
         plan = self.plan_now()
-        roles = ["coordinator"] if node == self.coordination.machine.coordinator else []
+        record = self.directory.record(node)
+        roles = list(record.roles) if record is not None else []
+        roles += ["coordinator"] if node == self.coordination.machine.coordinator else []
         roles += ["issuer"] if self.trust.is_issuer(node) else []
         for replica, index in plan.stages_of(node) if plan is not None else ():
             roles.append(f"{replica.id} stage {index}")
@@ -496,6 +522,14 @@ def _blocker(blocked: PlanBlocked) -> Blocker:
         needed_bytes=blocked.needed_bytes,
         room_bytes=blocked.room_bytes,
     )
+
+
+def _joined(blocker: Blocker, apart: Blocker | None) -> Blocker:
+    """What is missing for a plan; where members that run are not connected, that is to be mended first."""
+    if apart is None:
+        return blocker
+    message = f"{blocker.message}; {apart.message}"
+    return msgspec.structs.replace(blocker, code=apart.code, message=message, next_step=apart.next_step)
 
 
 def _stage_view(stage: Stage, n_used: int | None) -> StageView:

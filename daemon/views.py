@@ -223,6 +223,10 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     weights: WeightsView | None = None
     """While weights are fetched here."""
     certificate: CertificateView | None = None
+    dialable: bool = True
+    """Whether other members can dial this node; where not, it is reached in other ways."""
+    undialable_by: list[str] = []
+    """Those that cannot, each with its reason."""
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):

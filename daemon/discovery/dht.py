@@ -36,6 +36,8 @@ FIRST_RETRY_S = 1.0
 LAST_RETRY_S = 60.0
 KNOWN_S = 5.0
 """A peer in the routing table is looked at again after this."""
+ROLE_SETTLE_S = 10.0
+"""What others say of a node's reach swings while hosts come up; p2pd is not restarted for that."""
 _END_PATIENCE_S = 0.5
 _MAX_PEERS = 512
 _MAX_OWN_MADDRS = 8
@@ -96,6 +98,9 @@ class MeshDht:
         self._peers_met = asyncio.Event()
         self._acquaintances: dict[str, _Acquaintance] = {}
         self._last_seen: dict[str, bytes] = {}
+        self._is_client = False
+        self._settling: asyncio.TimerHandle | None = None
+        self._role_changed = asyncio.Event()
         self._up = asyncio.Event()
         self._n_starts = 0
         self.maddrs: tuple[str, ...] = ()
@@ -104,6 +109,8 @@ class MeshDht:
         """Why the DHT is down; None while it is up."""
         self.pid: int | None = None
         """The p2pd process, while there is one."""
+        self.node: HivemindNode | None = None
+        """The DHT node on it, while there is one."""
         self.add_peers(options.initial_peers)
 
     @property
@@ -147,6 +154,17 @@ class MeshDht:
         """Stop dialling a peer that was removed from the mesh."""
         self._acquaintances.pop(peer_id, None)
 
+    def serve(self, *, is_dialable: bool) -> None:
+        """Only nodes that others can dial hold keys; another one asks as a client, and nobody waits for it."""
+        if self._settling is not None:
+            self._settling.cancel()
+        self._settling = asyncio.get_running_loop().call_later(ROLE_SETTLE_S, self._set_role, not is_dialable)
+
+    def _set_role(self, is_client: bool) -> None:
+        if self._is_client != is_client:
+            self._is_client = is_client
+            self._role_changed.set()
+
     async def run(self) -> NoReturn:
         """Keep the DHT up until cancelled. p2pd ends with it."""
         loop = asyncio.get_running_loop()
@@ -155,6 +173,7 @@ class MeshDht:
             started_s = loop.time()
             try:
                 await self._run_once()
+                continue
             except* (Lost, Refused, NotReady) as group:
                 fault = _first(group)
             if loop.time() - started_s > STEADY_S:
@@ -165,23 +184,40 @@ class MeshDht:
             await asyncio.sleep(backoff_s)
             backoff_s = min(LAST_BACKOFF_S, 2 * backoff_s)
 
-    async def _run_once(self) -> NoReturn:
-        """One life of p2pd. Raises a group of Lost when it ends or hangs."""
+    async def _run_once(self) -> None:
+        """One life of p2pd, in one role. Raises a group of Lost when it ends or hangs."""
         module = await asyncio.to_thread(import_dht_node)
         async with running_p2pd(self._p2pd_options()) as p2pd:
             self._n_starts += 1
             self.pid = p2pd.pid
             try:
-                node = await module.HivemindNode.open(p2pd.control_socket, self._attestor, self._now_unix_s)
-                try:
-                    await self._serve(p2pd, node)
-                finally:
-                    self._up.clear()
-                    await node.close()
+                self._role_changed.clear()
+                node = await module.HivemindNode.open(
+                    p2pd.control_socket, self._attestor, self._now_unix_s, is_client=self._is_client
+                )
+                await self._serve_in_role(p2pd, node)
             except* Lost:
                 raise Lost(await _why_it_ended(p2pd), code="dht_down") from None
             finally:
                 self.pid = None
+
+    async def _serve_in_role(self, p2pd: P2pd, node: HivemindNode) -> None:
+        """Returns when this node is to change its role. Raises a group of Lost when p2pd ends or hangs."""
+        self.node = node
+        serving = asyncio.create_task(self._serve(p2pd, node), name="dht-serve")
+        changing = asyncio.create_task(self._role_changed.wait(), name="dht-role")
+        try:
+            await asyncio.wait((serving, changing), return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                await serving
+            log.info("DHT role is %s now", "client" if self._is_client else "server")
+        finally:
+            self._up.clear()
+            self.node = None
+            for task in (serving, changing):
+                task.cancel()
+            await asyncio.wait((serving, changing))
+            await node.close()
 
     async def _serve(self, p2pd: P2pd, node: HivemindNode) -> NoReturn:
         async with asyncio.TaskGroup() as group:

@@ -186,9 +186,14 @@ class HivemindNode:
 
     @classmethod
     async def open(
-        cls, control_socket: Path, attestor: Attestor, now_unix_s: Callable[[], float] = time.time
+        cls,
+        control_socket: Path,
+        attestor: Attestor,
+        now_unix_s: Callable[[], float] = time.time,
+        *,
+        is_client: bool = False,
     ) -> HivemindNode:
-        """Raises Lost or TimedOut when p2pd does not answer."""
+        """A client asks and is never asked: others do not list it. Raises Lost or TimedOut: p2pd is silent."""
         async with _p2pd_call("p2pd does not answer"):
             p2p = await P2P.replicate(Multiaddr(f"/unix{control_socket}"))
             _retrieve_failures(p2p)
@@ -202,6 +207,7 @@ class HivemindNode:
                 cache_on_store=False,
                 record_validator=RecordValidator(attestor, now_unix_s),
                 authorizer=authorizer,
+                client_mode=is_client,
             )
         node.protocol.get_stub = _calls_to(p2p, node.protocol, authorizer)
         return cls(p2p, node, now_unix_s)
@@ -243,7 +249,7 @@ class HivemindNode:
                 code="clock_difference",
                 next_step="synchronise both hosts' clocks with NTP",
             )
-        if not response.available:
+        if not response.available and not self._node.protocol.client_mode:
             log.warning("DHT peer at %s cannot reach us back; check --listen and --advertise", address)
         await self._node.protocol.update_routing_table(
             DHTID.from_bytes(response.peer.node_id), peer_id, responded=True

@@ -5,7 +5,7 @@ A node counts as alive exactly when it hears this one and this one hears it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,10 @@ def check_reverse(
         )
     client = Client(url=run.http_url, api_key=api_key or _own_key(options.state_dir))
     try:
-        own = client.get_json("/admin/status", timeout_s=_DEADLINE_S)["node"]
+        status = client.get_json("/admin/status", timeout_s=_DEADLINE_S)
         members = client.get_json("/admin/members", timeout_s=_DEADLINE_S)
         links = client.get_json("/admin/links", timeout_s=_DEADLINE_S)
-        return judge(own, members, links, reached)
+        return judge(status["node"], members, links, reached, status.get("undialable_by", []))
     except Refused as error:
         return not_run(CHECK, error.message, "run this as the daemon's user, or set HEXMESH_API_KEY")
     except HexmeshError as error:
@@ -44,9 +44,16 @@ def check_reverse(
 
 
 def judge(
-    own: str, members: list[dict[str, Any]], links: list[dict[str, Any]], reached: Collection[str]
+    own: str,
+    members: list[dict[str, Any]],
+    links: list[dict[str, Any]],
+    reached: Collection[str],
+    undialable_by: Sequence[str] = (),
 ) -> Finding:
-    """What members and links, as the daemon here shows them, say of the way back to this node."""
+    """What members and links, as the daemon here shows them, say of the way back to this node.
+
+    `undialable_by`: members that told this node that they cannot dial it, and why.
+    """
     others = [member for member in members if member["id"] != own and member["state"] != "left"]
     if not others:
         return not_run(
@@ -64,6 +71,13 @@ def judge(
     alive = [member for member in others if member["state"] == "alive"]
     if not alive:
         return not_run(CHECK, "no other node is alive: nobody can tell", "see hexmesh members")
+    if undialable_by:
+        return warned(
+            CHECK,
+            f"cannot be dialled by {'; '.join(undialable_by)}: connections that this host dials, and relays where "
+            "neither can, carry its traffic",
+            f"let TCP port {port} into this host (firewall, NAT: --advertise IP:PORT)",
+        )
     measured = {link["from"] for link in links if link["to"] == own}
     silent = [member["name"] for member in alive if member["id"] not in measured]
     if silent:

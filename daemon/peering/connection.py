@@ -89,7 +89,7 @@ class FrameConnection:
         self._loop = asyncio.get_running_loop()
         self._owner = owner
         self._decoder = FrameDecoder(limits)
-        self._state: Literal["handshake", "open", "lingering", "closed"] = "handshake"
+        self._state: Literal["handshake", "open", "lingering", "detached", "closed"] = "handshake"
         self._unsent: deque[memoryview] = deque()
         self._pull: Callable[[], list[Buffer]] | None = None
         self._is_flush_due = False
@@ -121,6 +121,10 @@ class FrameConnection:
         self._pull = pull
         self.wake()
 
+    def stop_feeding(self) -> None:
+        """Ask nobody for more; what was taken already is still written."""
+        self._pull = None
+
     def write(self, parts: list[Buffer]) -> None:
         """Queue one frame. The buffers must not change until they are written."""
         self._unsent.extend(memoryview(part).cast("B") for part in parts)
@@ -149,9 +153,22 @@ class FrameConnection:
         self._loop.call_later(_LINGER_S, self.close)
         self.wake()
 
+    def end_frames(self) -> tuple[ssl.SSLSocket, bytes]:
+        """The socket, and what was received after the last frame: no frames follow. The owner hears no more.
+
+        To be called while nothing waits to be written. Raises InvalidInput in the middle of a frame.
+        """
+        assert self._state == "open"
+        assert not self._unsent
+        received = self._decoder.rest()
+        self._state = "detached"
+        self._loop.remove_reader(self._fd)
+        self._want_writer(None)
+        return self._socket, received
+
     def close(self, loss: Loss = CLOSED_HERE) -> None:
         """Close now and tell the owner why, unless it was told before."""
-        if self._state == "closed":
+        if self._state in ("closed", "detached"):
             return
         self._state = "closed"
         self._loop.remove_reader(self._fd)

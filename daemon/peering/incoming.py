@@ -1,4 +1,7 @@
-"""One accepted connection: a member that greets and then sends, or a stranger that may only ask to join."""
+"""One accepted connection: a member that greets and then sends, or asks for a circuit; or a stranger.
+
+A stranger may only ask to join.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from daemon.peering.greeting import LocalPeer, greeting_fault
 from hexmesh.errors import InvalidInput, Refused
 from hexmesh.identity.certificates import MemberIdentity, read_member
 from hexmesh.wire import codec
+from hexmesh.wire.circuits import OpenCircuit, TakeCircuit
 from hexmesh.wire.frames import Frame, FrameLimits
 from hexmesh.wire.peering import (
     JOIN_LIMITS,
@@ -34,7 +38,7 @@ STRANGER_S = 10.0
 """A stranger has joined, or been refused, by then."""
 
 
-_State = Literal["handshake", "greeting", "member", "stranger", "joining", "refused"]
+_State = Literal["handshake", "greeting", "member", "circuit", "stranger", "joining", "refused"]
 
 
 class IncomingOwner(Protocol):
@@ -54,6 +58,12 @@ class IncomingOwner(Protocol):
 
     def on_member_frame(self, incoming: Incoming, frame: Frame) -> None: ...
 
+    def on_circuit(self, incoming: Incoming, request: OpenCircuit | TakeCircuit) -> None:
+        """A member wants a circuit on this connection: `become_circuit` or `refuse`."""
+
+    def on_became_circuit(self, incoming: Incoming) -> None:
+        """Nothing more will be heard of it."""
+
     def on_join_request(self, stranger: Incoming, request: JoinRequest) -> None: ...
 
     def on_incoming_lost(self, incoming: Incoming, loss: Loss) -> None: ...
@@ -63,11 +73,20 @@ class Incoming:
     """Owns one accepted socket until it is lost."""
 
     def __init__(
-        self, sock: socket.socket, context: ssl.SSLContext, local: LocalPeer, owner: IncomingOwner
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        local: LocalPeer,
+        owner: IncomingOwner,
+        *,
+        is_relayed: bool = False,
     ) -> None:
         """Raises OSError when the other side has hung up already."""
         self.member: MemberIdentity | None = None
+        self.hello: PeerHello | None = None
         self.channel: Channel = "control"
+        self.is_relayed = is_relayed
+        """Whether it came as a circuit."""
         self._local = local
         self._owner = owner
         self._state: _State = "handshake"
@@ -75,13 +94,14 @@ class Incoming:
         self.source = _source_of(sock)
         """The address that it comes from; one that fills the waiting room makes room itself."""
         self._loop = asyncio.get_running_loop()
-        self._connection = FrameConnection(sock, context, self, JOIN_LIMITS, is_server=True)
+        self.lost: asyncio.Future[Loss] = self._loop.create_future()
+        self.connection = FrameConnection(sock, context, self, JOIN_LIMITS, is_server=True)
         self._deadline = self._loop.call_later(GREET_S, self._run_late)
 
     @property
     def is_member(self) -> bool:
-        """Whether the greeting is done, so that messages may come."""
-        return self._state == "member"
+        """Whether the greeting is done, so that messages may come, or a circuit."""
+        return self._state in ("member", "circuit")
 
     @property
     def is_stranger(self) -> bool:
@@ -93,21 +113,27 @@ class Incoming:
         return self._state in ("handshake", "greeting", "stranger", "refused")
 
     def close(self) -> None:
-        self._connection.close()
+        self.connection.close()
+
+    def become_circuit(self) -> tuple[ssl.SSLSocket, bytes]:
+        """The socket, for good; and what was received on it already. Raises InvalidInput."""
+        detached = self.connection.end_frames()
+        self._owner.on_became_circuit(self)
+        return detached
 
     def make_room(self) -> None:
         """Close, for others wait to be heard."""
-        self._connection.close(Loss("timeout", "closed before it spoke, to make room for others"))
+        self.connection.close(Loss("timeout", "closed before it spoke, to make room for others"))
 
     def detach(self) -> BulkSocket:
         """Give a greeted connection away to a thread."""
         assert self.member is not None
-        return BulkSocket(self.member, *self._connection.detach())
+        return BulkSocket(self.member, *self.connection.detach())
 
     def answer(self, reply: JoinAccepted | JoinRefused) -> None:
         """The end of the joining dialogue."""
         self._say(reply)
-        self._connection.close_when_sent()
+        self.connection.close_when_sent()
 
     def on_open(self, connection: FrameConnection) -> None:
         certificate = connection.peer_certificate()
@@ -121,7 +147,7 @@ class Incoming:
             return
         self._state = "greeting"
         if (refusal := self._owner.judge(self.member)) is not None:
-            self._refuse(refusal)
+            self.refuse(refusal)
 
     def on_frame(self, connection: FrameConnection, frame: Frame) -> None:
         match self._state:
@@ -131,16 +157,17 @@ class Incoming:
                 self._greet(codec.PEERING.decode(frame.header))
             case "stranger":
                 self._hear_stranger(codec.PEERING.decode(frame.header))
-            case "handshake" | "joining" | "refused":
+            case "handshake" | "circuit" | "joining" | "refused":
                 raise InvalidInput("a frame out of turn")
 
     def on_lost(self, connection: FrameConnection, loss: Loss) -> None:
         self._deadline.cancel()
+        self.lost.set_result(loss)
         self._owner.on_incoming_lost(self, loss)
 
     def _open_stranger(self) -> None:
         if not self._owner.may_enter(self):
-            self._refuse(
+            self.refuse(
                 PeerRefused(
                     code="too_many_strangers",
                     message="too many hosts are joining now",
@@ -154,21 +181,34 @@ class Incoming:
 
     def _greet(self, message: msgspec.Struct) -> None:
         assert self.member is not None
+        if isinstance(message, OpenCircuit | TakeCircuit):
+            self._begin_circuit(message)
+            return
         if not isinstance(message, PeerHello):
             raise InvalidInput(f"{type(message).__name__} before a greeting")
         fault = greeting_fault(self._local, message, self.member.node_id)
         if fault is not None:
-            self._refuse(fault)
+            self.refuse(fault)
             return
         self._deadline.cancel()
         self._state = "member"
+        self.hello = message
         self.channel = message.channel
-        self._connection.allow(self._owner.limits_of(message.channel))
+        self.connection.allow(self._owner.limits_of(message.channel))
         self._say(self._local.hello(message.channel))
         if message.channel == "bulk":
             self._owner.on_bulk_member(self)
         else:
             self._owner.on_member(self, message)
+
+    def _begin_circuit(self, request: OpenCircuit | TakeCircuit) -> None:
+        if request.protocol_version != self._local.protocol_version:
+            message = f"this node speaks protocol {self._local.protocol_version}"
+            self.refuse(PeerRefused(code="protocol_mismatch", message=message))
+            return
+        self._deadline.cancel()  # from here on the relay's own deadlines hold
+        self._state = "circuit"
+        self._owner.on_circuit(self, request)
 
     def _hear_stranger(self, message: msgspec.Struct) -> None:
         match message:
@@ -181,7 +221,7 @@ class Incoming:
                 self._state = "joining"
                 self._owner.on_join_request(self, message)
             case _:
-                self._refuse(
+                self.refuse(
                     PeerRefused(
                         code="no_certificate",
                         message="only members of this mesh may talk to it, and this connection showed no certificate",
@@ -189,20 +229,22 @@ class Incoming:
                     )
                 )
 
-    def _refuse(self, refusal: PeerRefused) -> None:
+    def refuse(self, refusal: PeerRefused) -> None:
+        """Say why not, and close."""
         self._state = "refused"
         self._say(refusal)
-        self._connection.close_when_sent()
+        self.connection.close_when_sent()
 
     def _say(self, message: PeerHello | PeerRefused | MeshRoot | JoinAccepted | JoinRefused) -> None:
-        self._connection.write(codec.PEERING.frame(message, limits=JOIN_REPLY_LIMITS))
+        self.connection.write(codec.PEERING.frame(message, limits=JOIN_REPLY_LIMITS))
 
     def _run_late(self) -> None:
-        self._connection.close(Loss("timeout", "the other side did not speak in time"))
+        self.connection.close(Loss("timeout", "the other side did not speak in time"))
 
 
 def _source_of(sock: socket.socket) -> str:
     try:
-        return str(sock.getpeername()[0])
+        name = sock.getpeername()
     except OSError:
         return ""
+    return str(name[0]) if name else "a relay"  # an end of a circuit has no name

@@ -76,6 +76,7 @@ class _Path:
     is_warm: bool = False
     """The first ping of a connection is no sample: a channel is opened by its first message."""
     broken_at_s: float = 0.0
+    is_relayed: bool = False
     rtt: RttWindow = field(default_factory=RttWindow)
     told_rtt_s: float = 0.0
     rate: RateEstimate | None = None
@@ -123,6 +124,14 @@ class LinkMonitor:
         path.is_warm = False
         path.n_connections += 1
         self._peers_changed.set()
+
+    def path_changed(self, node: str, *, is_relayed: bool) -> None:
+        """The peer is reached over a relay now, or no longer: what was measured says nothing of that path."""
+        path = self._paths.setdefault(node, _Path(node))
+        path.is_relayed = is_relayed
+        path.rate = None
+        if path.is_connected:
+            self.connected(node)
 
     def measure_anew(self) -> None:
         """What was measured so far was disturbed (this host was busy): measure every link again."""
@@ -333,7 +342,7 @@ class LinkMonitor:
             bytes_per_s=rate.bytes_per_s,
             lower_bound=rate.lower_bound,
         )
-        return LinkFacts(link=link, measured_at_unix_s=path.measured_at_unix_s)
+        return LinkFacts(link=link, measured_at_unix_s=path.measured_at_unix_s, relayed=path.is_relayed)
 
     def _log_measured(self, path: _Path, rate: RateEstimate) -> None:
         log.info(

@@ -1,4 +1,8 @@
-"""The connection by which one channel's messages reach one peer: dialled when wanted, redialled when lost."""
+"""The connection by which one channel's messages reach one peer: got when wanted, got again when lost.
+
+It is dialled; or, where the peer cannot be dialled, it is one that the peer dialled (connections carry frames
+both ways), or a circuit through a relay.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,20 @@ import socket
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, assert_never
 
 from daemon.peering.address import Address
 from daemon.peering.bulk import BulkSocket
-from daemon.peering.connection import FrameConnection, Loss, loss_of, prepare_socket
+from daemon.peering.connection import CLOSED_HERE, FrameConnection, Loss, loss_of, prepare_socket
 from daemon.peering.greeting import LocalPeer, greeting_fault
+from daemon.peering.incoming import Incoming
 from daemon.peering.outbox import Outbox, OutboxRules
 from hexmesh.errors import InvalidInput, Lost, Refused
 from hexmesh.identity.certificates import MemberIdentity, read_member
 from hexmesh.ids import NodeId, short
+from hexmesh.membership.reach import Way
 from hexmesh.wire import codec
-from hexmesh.wire.frames import Buffer, Frame
+from hexmesh.wire.frames import Buffer, Frame, FrameLimits
 from hexmesh.wire.peering import JOIN_LIMITS, Channel, PeerHello, PeerRefused
 
 CONNECT_S = 3.0
@@ -30,16 +36,20 @@ INTEREST_S = 10.0
 STALE_S = 1.0
 """Control messages that waited longer than this for a connection are not sent: newer ones say more."""
 
+MOVED = Loss("closed", "its messages take another way now")
+"""Nothing was under way when the connection was left."""
+
 _FIRST_DELAY_S = 0.05
 _LONGEST_DELAY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class DialFailure:
-    """Why a dial came to nothing. `is_refused`: the host answered that nobody listens there."""
+    """Why no connection was got. `is_refused`: the host answered a dial with "nobody listens here"."""
 
     loss: Loss
     is_refused: bool = False
+    way: Way = "direct"
 
 
 class Judge(Protocol):
@@ -66,6 +76,20 @@ class OutgoingOwner(Judge, Protocol):
     """The switchboard that a link belongs to."""
 
     def address_of(self, node_id: NodeId) -> Address | None: ...
+
+    def limits_of(self, channel: Channel) -> FrameLimits: ...
+
+    def way_of(self, link: Outgoing) -> Way:
+        """How to get a connection now."""
+
+    async def called_back(self, link: Outgoing) -> Incoming:
+        """The connection that the peer made for this channel, asked for if there is none. Raises Lost."""
+
+    async def open_circuit(self, link: Outgoing) -> socket.socket:
+        """A socket with the peer at its other end. Raises Lost."""
+
+    def on_frame_back(self, link: Outgoing, frame: Frame) -> None:
+        """The peer, which does not dial this node for this channel, sent on the same connection."""
 
     def on_link_up(self, link: Outgoing, hello: PeerHello) -> None: ...
 
@@ -97,7 +121,17 @@ class Outgoing:
         self._loop = asyncio.get_running_loop()
         self._connection: FrameConnection | None = None
         self.member: MemberIdentity | None = None
-        """Whom the certificate of the connection named, once one was up."""
+        """Whom the certificate of the present connection, or the last one, names."""
+        self._ended: asyncio.Future[Loss] = self._loop.create_future()
+        self._moved_s = 0.0
+        self.way: Way = "direct"
+        """How the present connection, or the last one, was got."""
+        self.is_relayed = False
+        """Whether that is through a relay."""
+        self.n_failures = 0
+        """Tries since there was a connection."""
+        self.failed: Way | None = None
+        """The last of them."""
         self._task: asyncio.Task[None] | None = None
         self._wanted_until_s = 0.0
         self._nudge = asyncio.Event()
@@ -111,11 +145,16 @@ class Outgoing:
         """Whether a live connection still has something to write."""
         return self._connection is not None and (len(self.outbox) > 0 or self._connection.has_unsent)
 
+    def is_quiet(self, for_s: float) -> bool:
+        """Whether nothing waits, and nothing was sent or received here for so long."""
+        return not self.has_unsent and self._loop.time() - self._moved_s > for_s
+
     def send(self, parts: list[Buffer]) -> bool:
         """Queue a frame, and dial if there is no connection; False when the queue has no room."""
         if not self.outbox.put(parts, self._loop.time()):
             return False
         self.want()
+        self._moved_s = self._loop.time()
         if self._connection is not None:
             self._connection.wake()
         return True
@@ -131,29 +170,34 @@ class Outgoing:
         self._nudge.set()
         self.want()
 
-    def drop_connection(self) -> None:
-        """Close the connection; a new one is made while it is wanted."""
-        if self._connection is not None:
-            self._connection.close()
+    def drop_connection(self, loss: Loss = CLOSED_HERE) -> None:
+        """Let the connection go; a new one is made while it is wanted."""
+        if self._connection is not None and not self._ended.done():
+            self._connection.stop_feeding()  # what comes now waits for the next one
+            self._ended.set_result(loss)
 
     def close(self) -> None:
         """Stop for good."""
         if self._task is not None:
             self._task.cancel()
-        if self._connection is not None:
+        if self._connection is not None and self.way != "accepted":
             self._connection.close()
         self.outbox.clear()
 
     async def run(self) -> None:
-        """Dial, serve and redial until nobody wants the connection."""
+        """Connect, serve and connect again until nobody wants the connection."""
         delay_s = _FIRST_DELAY_S
         while self._loop.time() < self._wanted_until_s:
             self._nudge.clear()
-            failure = await self._dial_and_serve()
+            failure = await self._connect_and_serve()
             if failure is None:
                 delay_s = _FIRST_DELAY_S
+                self.n_failures, self.failed = 0, None
                 continue
+            self.n_failures, self.failed = self.n_failures + 1, failure.way
             self._owner.on_dial_failed(self, failure)
+            if self.n_failures == 1 and self._owner.way_of(self) != failure.way:
+                continue
             await self._pause(delay_s)
             delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
 
@@ -167,76 +211,186 @@ class Outgoing:
         except TimeoutError:
             return
 
-    async def _dial_and_serve(self) -> DialFailure | None:
+    async def _connect_and_serve(self) -> DialFailure | None:
         """None once a connection was up and is lost again."""
+        way = self._owner.way_of(self)
+        try:
+            match way:
+                case "direct":
+                    return await self._dial()
+                case "accepted" | "call_back":
+                    return await self._borrow(await self._owner.called_back(self))
+                case "circuit":
+                    sock = await self._owner.open_circuit(self)
+                    return await self._greet_and_serve(sock, "its end of a circuit", "circuit")
+                case _:
+                    assert_never(way)
+        except Lost as error:
+            return DialFailure(Loss("closed", error.message), way=way)
+
+    async def _dial(self) -> DialFailure | None:
         address = self._owner.address_of(self.node_id)
         if address is None:
             return DialFailure(Loss("closed", f"no address of node {short(self.node_id)} is known"))
-        call = _Call(self.node_id, self.channel, address, self._local, self._owner)
         try:
             async with asyncio.timeout(CONNECT_S):
                 sock = await connect_tcp(address)
-            connection = FrameConnection(sock, self._context, call, JOIN_LIMITS, is_server=False)
         except OSError as error:
             return DialFailure(loss_of(error), is_refused=isinstance(error, ConnectionRefusedError))
+        return await self._greet_and_serve(sock, str(address), "direct")
+
+    async def _greet_and_serve(self, sock: socket.socket, where: str, way: Way) -> DialFailure | None:
+        call = _Call(self, self._owner, where, way)
         try:
-            return await self._serve(call, connection)
+            connection = FrameConnection(sock, self._context, call, JOIN_LIMITS, is_server=False)
+        except OSError as error:
+            return DialFailure(loss_of(error), way=way)
+        try:
+            return await self._serve_call(call)
         finally:
             self._connection = None
             connection.close()
 
-    async def _serve(self, call: _Call, connection: FrameConnection) -> DialFailure | None:
+    async def _serve_call(self, call: _Call) -> DialFailure | None:
         try:
             async with asyncio.timeout(GREET_S):
                 greeted = await call.greeted
         except TimeoutError:
-            return DialFailure(Loss("timeout", "the peer did not greet in time"))
+            return DialFailure(Loss("timeout", "the peer did not greet in time"), way=call.way)
         if isinstance(greeted, Loss):
-            return DialFailure(greeted)
-        if self.channel == "control":
-            self.outbox.drop_older_than(self._loop.time() - STALE_S)
-        self._connection, self.member = connection, call.member
-        self._owner.on_link_up(self, greeted)
-        connection.feed_from(self.outbox.take)
-        loss = await call.lost
+            return DialFailure(greeted, way=call.way)
+        await self._serve()
+        return None
+
+    async def _borrow(self, incoming: Incoming) -> DialFailure | None:
+        """Send on a connection that the peer dialled."""
+        assert incoming.hello is not None
+        self.carried_by(incoming.connection, incoming.hello, "accepted", is_relayed=incoming.is_relayed)
+        ended = self._ended
+        incoming.lost.add_done_callback(lambda lost: _end(ended, lost.result()))
+        try:
+            await self._serve()
+        finally:
+            incoming.connection.stop_feeding()
+            self._connection = None
+        return None
+
+    async def _serve(self) -> None:
+        loss = await self._ended
         self._connection = None
         self._owner.on_link_lost(self, loss)
-        return None
+
+    # What its dial, or the connection that it borrows, reports.
+
+    def carried_by(
+        self, connection: FrameConnection, hello: PeerHello, way: Way, *, is_relayed: bool
+    ) -> None:
+        """Messages go out on `connection` from now on."""
+        if self.channel == "control":
+            self.outbox.drop_older_than(self._loop.time() - STALE_S)
+        self._ended = self._loop.create_future()
+        self.way, self.is_relayed = way, is_relayed
+        self._connection, self.member = connection, member_of(connection)
+        self._owner.on_link_up(self, hello)
+        connection.feed_from(self.outbox.take)
+
+    def heard_back(self, frame: Frame) -> None:
+        """A frame came on the connection that this side dialled."""
+        self._moved_s = self._loop.time()
+        self._owner.on_frame_back(self, frame)
+
+    def hello(self) -> PeerHello:
+        return self._local.hello(self.channel)
+
+    def fault_of(self, hello: PeerHello) -> PeerRefused | None:
+        return greeting_fault(self._local, hello, self.node_id)
+
+    def limits(self) -> FrameLimits:
+        return self._owner.limits_of(self.channel)
 
 
 class _Call:
-    """One dial: owner of its connection's events. Its futures have results, never exceptions."""
+    """One dial: owner of its connection's events. `greeted` has a result, never an exception."""
 
-    def __init__(
-        self, node_id: NodeId, channel: Channel, address: Address, local: LocalPeer, judge: Judge
-    ) -> None:
-        loop = asyncio.get_running_loop()
-        self.greeted: asyncio.Future[PeerHello | Loss] = loop.create_future()
-        self.lost: asyncio.Future[Loss] = loop.create_future()
-        self.member: MemberIdentity | None = None
+    def __init__(self, link: Outgoing, judge: Judge, where: str, way: Way) -> None:
+        self.greeted: asyncio.Future[PeerHello | Loss] = asyncio.get_running_loop().create_future()
+        self.way = way
+        self._link = link
+        self._judge = judge
+        self._where = where
+
+    def on_open(self, connection: FrameConnection) -> None:
+        if (wrong := why_not_node(connection, self._link.node_id, self._where, self._judge)) is not None:
+            connection.close(wrong)
+            return
+        connection.write(codec.PEERING.frame(self._link.hello(), limits=JOIN_LIMITS))
+
+    def on_frame(self, connection: FrameConnection, frame: Frame) -> None:
+        if self.greeted.done():
+            self._link.heard_back(frame)
+            return
+        message = codec.PEERING.decode(frame.header)
+        if isinstance(message, PeerHello):
+            fault = self._link.fault_of(message)
+            if fault is None:
+                connection.allow(self._link.limits())
+                self.greeted.set_result(message)
+                self._link.carried_by(connection, message, self.way, is_relayed=self.way == "circuit")
+                return
+            message = fault
+        if isinstance(message, PeerRefused):
+            if message.proof:
+                self._judge.on_proof(message.proof)
+            connection.close(Loss("refused", _one_line(message)))
+            return
+        raise InvalidInput(f"unexpected {type(message).__name__} on an outgoing connection")
+
+    def on_lost(self, connection: FrameConnection, loss: Loss) -> None:
+        if self.greeted.done():
+            self._link.drop_connection(loss)
+        else:
+            self.greeted.set_result(loss)
+
+
+def _end(ended: asyncio.Future[Loss], loss: Loss) -> None:
+    if not ended.done():
+        ended.set_result(loss)
+
+
+def member_of(connection: FrameConnection) -> MemberIdentity:
+    """Whom a member's certificate names. Raises Refused."""
+    certificate = connection.peer_certificate()
+    assert certificate is not None  # a client's context requires one, and a server asked before
+    return read_member(certificate)
+
+
+def why_not_node(connection: FrameConnection, node_id: NodeId, where: str, judge: Judge) -> Loss | None:
+    """Why the one that was dialled is not `node_id`, or is refused; None when all is well."""
+    try:
+        member = member_of(connection)
+    except Refused as error:
+        return Loss("tls", error.message)
+    if member.node_id != node_id:
+        return Loss("tls", f"{where} is node {short(member.node_id)}, not node {short(node_id)}")
+    refusal = judge.judge(member)
+    return Loss("tls", refusal.message) if refusal is not None else None
+
+
+class _BulkCall:
+    """One dial for a thread: owner of its connection's events until it is given away."""
+
+    def __init__(self, node_id: NodeId, address: Address, local: LocalPeer, judge: Judge) -> None:
+        self.greeted: asyncio.Future[PeerHello | Loss] = asyncio.get_running_loop().create_future()
         self._judge = judge
         self._node_id = node_id
-        self._channel = channel
         self._address = address
         self._local = local
 
     def on_open(self, connection: FrameConnection) -> None:
-        certificate = connection.peer_certificate()
-        assert certificate is not None  # the context requires one
-        try:
-            self.member = read_member(certificate)
-        except Refused as error:
-            connection.close(Loss("tls", error.message))
+        if (wrong := why_not_node(connection, self._node_id, str(self._address), self._judge)) is not None:
+            connection.close(wrong)
             return
-        found = self.member.node_id
-        if found != self._node_id:
-            message = f"{self._address} is node {short(found)}, not node {short(self._node_id)}"
-            connection.close(Loss("tls", message))
-            return
-        if (refusal := self._judge.judge(self.member)) is not None:
-            connection.close(Loss("tls", refusal.message))
-            return
-        connection.write(codec.PEERING.frame(self._local.hello(self._channel), limits=JOIN_LIMITS))
+        connection.write(codec.PEERING.frame(self._local.hello("bulk"), limits=JOIN_LIMITS))
 
     def on_frame(self, connection: FrameConnection, frame: Frame) -> None:
         message = codec.PEERING.decode(frame.header)
@@ -256,15 +410,13 @@ class _Call:
     def on_lost(self, connection: FrameConnection, loss: Loss) -> None:
         if not self.greeted.done():
             self.greeted.set_result(loss)
-        if not self.lost.done():
-            self.lost.set_result(loss)
 
 
 async def dial_bulk(
     local: LocalPeer, context: ssl.SSLContext, node_id: NodeId, address: Address, judge: Judge
 ) -> BulkSocket:
     """A greeted bulk connection to exactly that node. Raises Lost or Refused."""
-    call = _Call(node_id, "bulk", address, local, judge)
+    call = _BulkCall(node_id, address, local, judge)
     try:
         async with asyncio.timeout(CONNECT_S):
             sock = await connect_tcp(address)
@@ -284,8 +436,8 @@ async def dial_bulk(
         raise kind(f"{address}: {greeted.message}", code="unreachable")
     if connection.is_closed:
         raise Lost(f"{address} hung up", code="unreachable")
-    assert call.member is not None
-    return BulkSocket(call.member, *connection.detach())
+    member = member_of(connection)
+    return BulkSocket(member, *connection.detach())
 
 
 async def connect_tcp(address: Address) -> socket.socket:

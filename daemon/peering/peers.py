@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from weakref import WeakSet
 
 import msgspec
@@ -28,13 +28,16 @@ from daemon.peering.crowd import oldest_of_the_crowd
 from daemon.peering.greeting import LocalPeer, clock_difference_s
 from daemon.peering.incoming import Incoming
 from daemon.peering.outbox import OutboxRules
-from daemon.peering.outgoing import DialFailure, Outgoing, dial_bulk
+from daemon.peering.outgoing import MOVED, DialFailure, Outgoing, dial_bulk
 from daemon.peering.peer_events import CHANNELS, ChannelRules, PeerEvents, PeerInfo
 from daemon.peering.tls import client_context, load_certificate, server_context
+from daemon.peering.ways import Ways
 from hexmesh.errors import Busy, HexmeshError, InvalidInput, Lost
 from hexmesh.identity.certificates import MemberIdentity
 from hexmesh.ids import NodeId, short
+from hexmesh.membership.reach import OwnReach, Way
 from hexmesh.wire import codec
+from hexmesh.wire.circuits import CallMe, CircuitOffered, OpenCircuit, TakeCircuit, Undialable
 from hexmesh.wire.frames import Buffer, Frame, FrameLimits, frame_parts
 from hexmesh.wire.peering import (
     MAX_CLOCK_DIFFERENCE_S,
@@ -52,6 +55,7 @@ _log = logging.getLogger("hexmesh.peers")
 
 _MAX_STRANGERS = 16
 _MAX_UNGREETED = 256
+_LAST_WORDS_S = 0.5
 
 
 @dataclass(slots=True)
@@ -63,8 +67,8 @@ class _Peer:
     hello: PeerHello | None = None
     clock_difference_s: float | None = None
     is_up: bool = False
-    is_undialable: bool = False
-    """It reaches us, and dialling it failed; told once."""
+    path: tuple[bool, bool] = (False, False)
+    """Whether probes there, and back, go through a relay."""
     is_suspect: bool = False
     """A connection of it ended by the other side, and no new one has proved that its process lives."""
 
@@ -101,6 +105,7 @@ class PeerNetwork:
         self._bulk: WeakSet[BulkSocket] = WeakSet()
         self._server_context = server_context(local.tls)
         self._client_context = client_context(local.tls)
+        self._ways = Ways(self, self._client_context, events.on_reach)
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
         self._complaints = Complaints()
@@ -111,6 +116,7 @@ class PeerNetwork:
         await self._group.__aenter__()
         self._is_open = True
         self._acceptor = Acceptor(self._listener, self._welcome)
+        self.start(self._ways.keep_checking())
         return self
 
     async def __aexit__(
@@ -128,6 +134,9 @@ class PeerNetwork:
                 link.close()
         for incoming in list(self._accepted):
             incoming.close()
+        if error is None:
+            await self._ways.drain(_LAST_WORDS_S)
+        self._ways.close()
         for task in list(self._tasks):
             task.cancel()
         if isinstance(error, asyncio.CancelledError):
@@ -169,15 +178,30 @@ class PeerNetwork:
         if peer.address == (address := Address(host, port)):
             return
         peer.address = address
+        self._ways.direct(node_id).look_again()
         for link in peer.outgoing.values():
             if not link.is_up:
                 link.retry_now()
+
+    @property
+    def reach(self) -> OwnReach:
+        """Who dials this node, and who cannot."""
+        return self._ways.reach
+
+    def learn_reach(self, node_id: NodeId, *, is_relay: bool, is_dialable: bool) -> None:
+        """What a peer's record says: whether it joins circuits, and whether others can dial it."""
+        if node_id == self._local.node_id:
+            return
+        self._ways.learn(node_id, is_relay=is_relay, is_dialable=is_dialable)
 
     def forget(self, node_id: NodeId) -> None:
         """Close everything with a peer and drop what is known of it, without telling; it may come back."""
         for bulk in list(self._bulk):
             if bulk.node_id == node_id:
                 bulk.abort()
+        self._ways.forget(node_id)
+        if self._events.relay is not None:
+            self._events.relay.forget(node_id)
         peer = self._peers.pop(node_id, None)
         if peer is None:
             return
@@ -221,12 +245,27 @@ class PeerNetwork:
 
     def peers(self) -> list[PeerInfo]:
         """A snapshot of everybody known."""
-        return [_info(peer) for peer in self._peers.values()]
+        return [self._info(peer) for peer in self._peers.values()]
 
     def peer(self, node_id: NodeId) -> PeerInfo | None:
         """A snapshot of one peer."""
         peer = self._peers.get(node_id)
-        return _info(peer) if peer is not None else None
+        return self._info(peer) if peer is not None else None
+
+    def _info(self, peer: _Peer) -> PeerInfo:
+        hello, direct, control = peer.hello, self._ways.direct(peer.node_id), peer.outgoing.get("control")
+        return PeerInfo(
+            node_id=peer.node_id,
+            address=peer.address,
+            is_up=peer.is_up,
+            name=hello.name if hello is not None else "",
+            boot=hello.boot if hello is not None else None,
+            hexmesh_version=hello.hexmesh_version if hello is not None else "",
+            clock_difference_s=peer.clock_difference_s,
+            why_undialable=None if direct.is_open else direct.reason,
+            undialable_s=direct.closed_s(self._loop.time()),
+            way=control.way if control is not None and control.is_up else None,
+        )
 
     async def flush(self, timeout_s: float) -> bool:
         """Wait until live connections have sent what is queued, before leaving; False if time ran out."""
@@ -243,13 +282,38 @@ class PeerNetwork:
         peer = self._peers.get(node_id)
         return peer.address if peer is not None else None
 
+    def is_up(self, node_id: NodeId) -> bool:
+        peer = self._peers.get(node_id)
+        return peer is not None and peer.is_up
+
+    def incoming_of(self, node_id: NodeId) -> Mapping[Channel, Incoming]:
+        peer = self._peers.get(node_id)
+        return peer.incoming if peer is not None else {}
+
+    def outgoing_of(self, node_id: NodeId) -> Iterable[Outgoing]:
+        peer = self._peers.get(node_id)
+        return peer.outgoing.values() if peer is not None else ()
+
+    def way_of(self, link: Outgoing) -> Way:
+        return self._ways.way_of(link)
+
+    async def called_back(self, link: Outgoing) -> Incoming:
+        return await self._ways.called_back(link)
+
+    async def open_circuit(self, link: Outgoing) -> socket.socket:
+        return await self._ways.open_circuit(link)
+
     def on_link_up(self, link: Outgoing, hello: PeerHello) -> None:
         peer = self._peers.get(link.node_id)
-        if peer is not None:
-            peer.is_undialable = False
-            self._greeted(peer, hello, link)
+        if peer is None:
+            return
+        self._greeted(peer, hello, link)
+        self._ways.came_up(link)
+        self._note_path(peer)
 
     def on_link_lost(self, link: Outgoing, loss: Loss) -> None:
+        if loss is MOVED:
+            return
         if link.channel != "control":
             link.outbox.clear()
         peer = self._peers.get(link.node_id)
@@ -262,23 +326,21 @@ class PeerNetwork:
         peer = self._peers.get(link.node_id)
         if not self._is_open or peer is None:
             return
-        if failure.loss.kind in ("tls", "refused", "protocol"):
-            self._complain(short(link.node_id), failure.loss.message)
-        if peer.incoming and not peer.is_undialable:
-            peer.is_undialable = True
-            _log.warning(
-                "peer reaches this node and cannot be dialled node=%s address=%s reason=%s "
-                "next_step=open its peer port to other nodes, or give it --advertise",
-                short(link.node_id),
-                peer.address,
-                failure.loss.message,
-            )
-        if link.channel != "control" and link.outbox.clear():
+        if failure.loss.kind in ("tls", "refused", "protocol") or failure.way != "direct":
+            self.complain(short(link.node_id), failure.loss.message)
+        is_news = not self._ways.direct(peer.node_id).was_closed_before(self._loop.time())
+        if failure.way == "direct":
+            self._ways.dial_failed(peer.node_id, failure.loss)
+        has_untried_way = link.n_failures == 1 and self.way_of(link) != failure.way
+        if link.channel != "control" and not has_untried_way and link.outbox.clear():
             self._events.on_channel_lost(link.node_id, link.channel, failure.loss.message)
-        if failure.is_refused and peer.is_suspect and not peer.is_connected:
+        if failure.is_refused and is_news and peer.is_suspect and not peer.is_connected:
             peer.is_suspect = False
             _log.info("peer gone node=%s reason=its host refuses connections", short(peer.node_id))
             self._events.on_refused(peer.node_id)
+
+    def on_frame_back(self, link: Outgoing, frame: Frame) -> None:
+        self._hear(link.node_id, frame)
 
     def judge(self, member: MemberIdentity) -> PeerRefused | None:
         return self._events.judge(member)
@@ -308,6 +370,8 @@ class PeerNetwork:
             older.close()
         self._greeted(peer, hello)
         peer.incoming[incoming.channel] = incoming
+        self._ways.arrived(node_id, is_relayed=incoming.is_relayed)
+        self._note_path(peer)
 
     def on_bulk_member(self, incoming: Incoming) -> None:
         self._accepted.pop(incoming, None)
@@ -320,10 +384,22 @@ class PeerNetwork:
 
     def on_member_frame(self, incoming: Incoming, frame: Frame) -> None:
         assert incoming.member is not None
-        self._events.on_message(incoming.member.node_id, self._decode(frame.header), frame.payload)
+        self._hear(incoming.member.node_id, frame)
+
+    def on_circuit(self, incoming: Incoming, request: OpenCircuit | TakeCircuit) -> None:
+        if self._events.relay is None:
+            refusal = PeerRefused(
+                code="no_relay", message="this node relays for nobody", next_step="run hexmesh bootstrap"
+            )
+            incoming.refuse(refusal)
+        else:
+            self._events.relay.on_circuit(incoming, request)
+
+    def on_became_circuit(self, incoming: Incoming) -> None:
+        self._accepted.pop(incoming, None)
 
     def on_join_request(self, stranger: Incoming, request: JoinRequest) -> None:
-        self._start(self._admit(stranger, request))
+        self.start(self._admit(stranger, request))
 
     def on_incoming_lost(self, incoming: Incoming, loss: Loss) -> None:
         self._accepted.pop(incoming, None)
@@ -331,24 +407,37 @@ class PeerNetwork:
             return
         if loss.kind in ("tls", "protocol", "timeout"):
             who = short(incoming.member.node_id) if incoming.member is not None else "unknown"
-            self._complain(who, loss.message)
+            self.complain(who, loss.message)
         if incoming.member is None:
             return
         peer = self._peers.get(incoming.member.node_id)
         if peer is not None and peer.incoming.get(incoming.channel) is incoming:
             del peer.incoming[incoming.channel]
+            self._note_path(peer)
             self._lost(peer, loss)
 
     def _is_refused(self, member: MemberIdentity) -> bool:
         refusal = self._events.judge(member)
         if refusal is not None:
-            self._complain(short(member.node_id), refusal.message)
+            self.complain(short(member.node_id), refusal.message)
         return refusal is not None
 
-    def _complain(self, who: str, reason: str) -> None:
+    def complain(self, who: str, reason: str) -> None:
         """Say once a minute why nothing comes of a connection: the other side may try again for ever."""
         if self._complaints.is_news(who, reason, self._loop.time()):
             _log.warning("no connection node=%s reason=%s", who, reason)
+
+    def _hear(self, node_id: NodeId, frame: Frame) -> None:
+        """A message of a member: about connections, or for the owner."""
+        match message := self._decode(frame.header):
+            case CallMe():
+                self.connect(node_id, message.channel)
+            case Undialable() if message.address != self._local.address:
+                pass  # it is about to learn the present one
+            case Undialable() | CircuitOffered():
+                self._ways.receive(node_id, message)
+            case _:
+                self._events.on_message(node_id, message, frame.payload)
 
     # How a peer comes and goes.
 
@@ -369,8 +458,20 @@ class PeerNetwork:
             self._learn_from(peer, hello.address)
         if not peer.is_up:
             peer.is_up = True
+            self._ways.direct(peer.node_id).look_again()
             _log.info("peer up node=%s name=%s", short(peer.node_id), hello.name)
             self._events.on_peer_up(peer.node_id)
+
+    def _note_path(self, peer: _Peer) -> None:
+        """A round trip changes with the way there and with the way back, and those change at different times."""
+        there, back = peer.outgoing.get("probe"), peer.incoming.get("probe")
+        path = (
+            there.is_relayed if there is not None and there.is_up else peer.path[0],
+            back is not None and back.is_relayed,
+        )
+        if path != peer.path:
+            peer.path = path
+            self._events.on_path(peer.node_id, path[0])
 
     def _learn_from(self, peer: _Peer, address: str) -> None:
         try:
@@ -414,11 +515,11 @@ class PeerNetwork:
                 self._local,
                 self._client_context,
                 self,
-                lambda link: self._start(link.run()),
+                lambda link: self.start(link.run()),
             )
         return link
 
-    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._group.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -436,11 +537,22 @@ class PeerNetwork:
             idlest.make_room()
         try:
             prepare_socket(sock)
-            incoming = Incoming(sock, self._server_context, self._local, self)
+        except OSError:  # it hung up already
+            sock.close()
+            return
+        self._accept(sock)
+
+    def _accept(self, sock: socket.socket, *, is_relayed: bool = False) -> None:
+        """Speak to who dialled, on a socket that is ready."""
+        try:
+            incoming = Incoming(sock, self._server_context, self._local, self, is_relayed=is_relayed)
         except OSError:  # it hung up already
             sock.close()
             return
         self._accepted[incoming] = None
+
+    def accept_circuit(self, sock: socket.socket) -> None:
+        self._accept(sock, is_relayed=True)
 
     async def _admit(self, stranger: Incoming, request: JoinRequest) -> None:
         if self._events.admit is None:
@@ -453,19 +565,6 @@ class PeerNetwork:
             except HexmeshError as error:
                 reply = JoinRefused(code=error.code, message=error.message, next_step=error.next_step)
         stranger.answer(reply)
-
-
-def _info(peer: _Peer) -> PeerInfo:
-    hello = peer.hello
-    return PeerInfo(
-        node_id=peer.node_id,
-        address=peer.address,
-        is_up=peer.is_up,
-        name=hello.name if hello is not None else "",
-        boot=hello.boot if hello is not None else None,
-        hexmesh_version=hello.hexmesh_version if hello is not None else "",
-        clock_difference_s=peer.clock_difference_s,
-    )
 
 
 def _own_copy(payload: Buffer) -> memoryview:

@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from daemon.terminal.client import Client, read_admin_key
 from daemon.verbs.wait import find_blocker
@@ -127,12 +127,19 @@ class LocalMesh:
     ) -> None:
         self.stop()
 
-    def start(self, name: str, *flags: str, token: str | None = None, peer: str | None = None) -> LocalDaemon:
+    def start(
+        self,
+        name: str,
+        *flags: str,
+        token: str | None = None,
+        peer: str | None = None,
+        verb: Literal["join", "bootstrap"] = "join",
+    ) -> LocalDaemon:
         """Start a daemon on free loopback ports; it founds a mesh, or joins or rejoins one. Does not wait."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "up.json").unlink(missing_ok=True)
-        command = [*self.program, "join", "--name", name, "--listen", "127.0.0.1"]
+        command = [*self.program, verb, "--name", name, "--listen", "127.0.0.1"]
         command += ["--http-port", "0", "--peer-port", "0", "--dht-port", "0"]
         command += ["--state-dir", str(folder / "state"), "--ready-file", str(folder / "up.json"), *flags]
         # What the person set for daemons of their own must not reach these.

@@ -12,17 +12,20 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NoReturn, Protocol, assert_never
 
+from daemon.peering.address import Address
 from daemon.trust.admission import Admission
 from daemon.trust.appointments import Appointments
+from daemon.trust.attestor import Attestor
 from daemon.trust.credentials import Credentials, Now, utc_now
-from daemon.trust.founding import Member
 from daemon.trust.naming import find_member
 from daemon.trust.removals import VOID_STEP, Removals
 from daemon.trust.renewal import Reminder, Renewal
+from daemon.trust.state import Membership, StateFolder
 from daemon.views import CertificateState, CertificateView, Removed
 from hexmesh.errors import HexmeshError, InvalidInput, NotReady, Refused
 from hexmesh.identity.authority import Issuer
 from hexmesh.identity.certificates import MemberIdentity
+from hexmesh.identity.revocations import Revocations
 from hexmesh.ids import NodeId, short
 from hexmesh.wire.peering import JoinAccepted, JoinRefused, JoinRequest, MemberAddress, PeerRefused
 from hexmesh.wire.trust import Appointed, Renew, Renewed, RenewRefused, Revoked, TrustMessage
@@ -59,10 +62,27 @@ class MeshAround(Protocol):
         """This node is no member any more: stop."""
 
 
+class Held(Protocol):
+    """A membership, as far as trust needs it."""
+
+    @property
+    def state(self) -> StateFolder: ...
+    @property
+    def membership(self) -> Membership: ...
+    @property
+    def attestor(self) -> Attestor: ...
+    @property
+    def revocations(self) -> Revocations: ...
+    @property
+    def address(self) -> Address: ...
+    @property
+    def node_id(self) -> NodeId: ...
+
+
 class TrustDesk:
     """Owner of the parts; `run` keeps them going."""
 
-    def __init__(self, member: Member, mesh: MeshAround, *, now: Now = utc_now) -> None:
+    def __init__(self, member: Held, mesh: MeshAround, *, now: Now = utc_now) -> None:
         """Raises HexmeshError for a damaged state folder."""
         self._mesh = mesh
         self._now = now

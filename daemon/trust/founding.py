@@ -30,14 +30,13 @@ from daemon.trust.admission import found_mesh
 from daemon.trust.attestor import Attestor
 from daemon.trust.joining import Joiner, join_mesh
 from daemon.trust.ports import port_to_bind
-from daemon.trust.rejoining import still_member
+from daemon.trust.rejoining import attestor_of, come_back
 from daemon.trust.state import Membership, StateFolder
+from daemon.trust.told_token import check_told_token, told_token
 from hexmesh.cost import default_dtype
-from hexmesh.errors import InvalidInput, Refused
-from hexmesh.identity.certificates import root_sha256
+from hexmesh.errors import Refused
 from hexmesh.identity.keys import NodeKey
 from hexmesh.identity.revocations import Revocations
-from hexmesh.identity.tokens import JoinToken, parse_token
 from hexmesh.ids import NodeId, short
 from hexmesh.wire.peering import MemberAddress
 
@@ -74,7 +73,7 @@ async def become_member(options: JoinOptions) -> AsyncIterator[Member]:
     """Found, join or rejoin. Raises HexmeshError naming what is in the way and what to do."""
     with StateFolder(options.state_dir) as state:
         known = await asyncio.to_thread(state.membership)
-        _check_token(options, known)
+        check_told_token(options, known)
         host, before = listen_host(options), await asyncio.to_thread(state.ports)
         port = port_to_bind(host, options.peer_port, before.peer, flag="--peer-port")
         with listen_tcp(host, port, flag="--peer-port") as listener:
@@ -93,15 +92,19 @@ async def _member(
         threads=options.threads,
         memory_bytes=options.memory_bytes,
     )
+
+    async def join() -> Membership:
+        return await _join(options, key, dht_peer_id, address)
+
     if known is not None:
-        membership = await _come_back(options, state, key, dht_peer_id, address, known)
+        membership = await come_back(state, known, key, join if options.token is not None else None)
         model = await _find_model(options, state, key, membership)
         progress.info("rejoining mesh %s", short(known.mesh_id), extra={"event": "rejoining"})
     elif options.founds:
         model = await load_model(options.model, options)
         membership = await _found(options, state, key, dht_peer_id, model, devices)
     else:
-        membership = await _join(options, key, dht_peer_id, address)
+        membership = await join()
         await asyncio.to_thread(state.save_membership, membership)
         model = await _find_model(options, state, key, membership)
         progress.info("joined mesh %s", short(membership.mesh_id), extra={"event": "joined"})
@@ -110,12 +113,7 @@ async def _member(
     return Member(
         state=state,
         membership=membership,
-        attestor=Attestor(
-            key,
-            tuple(membership.certificates),
-            membership.root_der,
-            is_refused=lambda member: revocations.grounds(member) is not None,
-        ),
+        attestor=attestor_of(key, membership, revocations),
         revocations=revocations,
         model=model,
         devices=devices,
@@ -123,26 +121,6 @@ async def _member(
         address=address,
         is_rejoined=known is not None,
     )
-
-
-async def _come_back(
-    options: JoinOptions,
-    state: StateFolder,
-    key: NodeKey,
-    dht_peer_id: str,
-    address: Address,
-    known: Membership,
-) -> Membership:
-    """The stored membership; where its certificate is good no more, a token may bring a new one."""
-    try:
-        return await asyncio.to_thread(still_member, state, known, key, datetime.now(UTC))
-    except Refused as refused:
-        if options.token is None or refused.code == "removed":
-            raise
-        progress.info("joining anew: %s", refused.message, extra={"event": "joining_anew"})
-    membership = await _join(options, key, dht_peer_id, address)
-    await asyncio.to_thread(state.save_membership, membership)
-    return membership
 
 
 async def _found(
@@ -167,7 +145,7 @@ async def _found(
 
 
 async def _join(options: JoinOptions, key: NodeKey, dht_peer_id: str, address: Address) -> Membership:
-    token = _token(options)
+    token = told_token(options)
     peer = parse_address(options.peer) if options.peer else None
     progress.info("joining through %s", peer or token.address, extra={"event": "joining"})
     named = await load_model(options.model, options) if options.model is not None else None
@@ -200,28 +178,6 @@ def _dialler(options: JoinOptions, state: StateFolder, key: NodeKey, membership:
         return await dial_bulk(local, context, NodeId(member.node_id), address, NoVerdicts())
 
     return dial
-
-
-def _token(options: JoinOptions) -> JoinToken:
-    if options.token is None:
-        raise InvalidInput(
-            "joining needs a token",
-            code="no_token",
-            next_step="get one with `hexmesh token create` on a member, and give it in HEXMESH_TOKEN or --token-file",
-        )
-    return parse_token(options.token)
-
-
-def _check_token(options: JoinOptions, known: Membership | None) -> None:
-    """A member keeps its mesh: a token for it is not needed, one for another mesh is a mistake."""
-    if known is None or options.token is None:
-        return
-    if parse_token(options.token).root_sha256 != root_sha256(known.root_der):
-        raise Refused(
-            f"{options.state_dir} belongs to a member of mesh {short(known.mesh_id)}, and the token is for another",
-            code="other_mesh",
-            next_step="leave that mesh with `hexmesh leave --forget`, or give another --state-dir",
-        )
 
 
 def _check_dtype(options: JoinOptions, membership: Membership) -> None:

@@ -2,16 +2,47 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 
 import msgspec
 
+from daemon.trust.attestor import Attestor
 from daemon.trust.removals import refusal_of
 from daemon.trust.state import Membership, StateFolder
 from hexmesh.errors import Refused
 from hexmesh.identity.certificates import read_member, verify_member
 from hexmesh.identity.keys import NodeKey
 from hexmesh.identity.revocations import Revocations
+
+progress = logging.getLogger("hexmesh.progress")
+
+
+async def come_back(
+    state: StateFolder, known: Membership, key: NodeKey, join: Callable[[], Awaitable[Membership]] | None
+) -> Membership:
+    """The stored membership; where its certificate is good no more, `join`, which spends a token, brings a new one."""
+    try:
+        return await asyncio.to_thread(still_member, state, known, key, datetime.now(UTC))
+    except Refused as refused:
+        if join is None or refused.code == "removed":
+            raise
+        progress.info("joining anew: %s", refused.message, extra={"event": "joining_anew"})
+    membership = await join()
+    await asyncio.to_thread(state.save_membership, membership)
+    return membership
+
+
+def attestor_of(key: NodeKey, membership: Membership, revocations: Revocations) -> Attestor:
+    """Signs as this member, and believes nobody who is revoked."""
+    return Attestor(
+        key,
+        tuple(membership.certificates),
+        membership.root_der,
+        is_refused=lambda member: revocations.grounds(member) is not None,
+    )
 
 
 def still_member(state: StateFolder, known: Membership, key: NodeKey, now: datetime) -> Membership:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -82,13 +82,19 @@ def join(context: click.Context, /, **texts: str | bool | None) -> None:
     options = join_options_from_text(
         without_overruled(context, texts) | {"state_dir": chosen_state_dir(texts)}
     )
-    context.exit(_run(options))
-
-
-def _run(options: JoinOptions) -> int:
-    import uvloop
 
     from daemon.node import run_node
+
+    context.exit(run_daemon(options, run_node))
+
+
+def run_daemon(
+    options: JoinOptions,
+    run: Callable[[JoinOptions, Callable[[UpLine], None]], Coroutine[Any, Any, int]],
+) -> int:
+    """Run a node in the foreground until it leaves; the exit code. Raises HexmeshError for what was foreseen."""
+    import uvloop
+
     from daemon.terminal.logs import set_up_logging
 
     set_up_logging(options.log_format)
@@ -97,7 +103,7 @@ def _run(options: JoinOptions) -> int:
         tell_up(up, options.ready_file)
 
     try:
-        return uvloop.run(run_node(options, announce))
+        return uvloop.run(run(options, announce))
     except HexmeshError:
         raise
     except ExceptionGroup as group:

@@ -83,6 +83,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the whole model is in a folder there; else it fetches its stages' tensors from others."""
     links: Annotated[tuple[LinkFacts, ...], msgspec.Meta(max_length=1024)] = ()
     availability: Availability = "active"
+    dialable: bool = True
+    """False when more members failed to dial this node than did."""
 
 
 class SignedRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):

@@ -7,6 +7,7 @@ from typing import Generic, TypeVar, cast
 import msgspec
 
 from hexmesh.errors import InvalidInput
+from hexmesh.wire.circuits import CIRCUIT_MESSAGE, REACH_MESSAGE
 from hexmesh.wire.control import CONTROL_MESSAGE, ControlMessage
 from hexmesh.wire.data import DATA_MESSAGE
 from hexmesh.wire.frames import DEFAULT_LIMITS, Buffer, FrameLimits, frame_parts
@@ -49,7 +50,8 @@ class Codec(Generic[M]):
 
 
 DataMessage = DATA_MESSAGE
-PeeringMessage = PEERING_MESSAGE
+ReachMessage = REACH_MESSAGE
+PeeringMessage = PEERING_MESSAGE | CIRCUIT_MESSAGE
 WorkerRequest = WORKER_REQUEST
 WorkerReply = WORKER_REPLY
 BulkQuestion = BULK_QUESTION
@@ -57,10 +59,12 @@ BulkAnswer = BULK_ANSWER
 
 CONTROL: Codec[ControlMessage] = Codec(CONTROL_MESSAGE, name="control")
 DATA: Codec[DataMessage] = Codec(DATA_MESSAGE, name="data")
-PEERING: Codec[PeeringMessage] = Codec(PEERING_MESSAGE, name="peering")
+PEERING: Codec[PeeringMessage] = Codec(PEERING_MESSAGE | CIRCUIT_MESSAGE, name="peering")
 WORKER_REQUESTS: Codec[WorkerRequest] = Codec(WORKER_REQUEST, name="worker request")
 WORKER_REPLIES: Codec[WorkerReply] = Codec(WORKER_REPLY, name="worker reply")
 BULK_QUESTIONS: Codec[BulkQuestion] = Codec(BULK_QUESTION, name="bulk question")
 BULK_ANSWERS: Codec[BulkAnswer] = Codec(BULK_ANSWER, name="bulk answer")
-MEMBER: Codec[ControlMessage | DataMessage] = Codec(CONTROL_MESSAGE | DATA_MESSAGE, name="member")
+MEMBER: Codec[ControlMessage | DataMessage | ReachMessage] = Codec(
+    CONTROL_MESSAGE | DATA_MESSAGE | REACH_MESSAGE, name="member"
+)
 """Everything that members send each other once both have said PeerHello."""

@@ -94,6 +94,15 @@ class FrameDecoder:
         """Whether the stream may end here without cutting a frame in two."""
         return self._part is None and self._start == self._stop
 
+    def rest(self) -> bytes:
+        """What came after the frame handed out last: the stream goes on with something else than frames.
+
+        Raises InvalidInput where another frame has begun.
+        """
+        if self._part is not None:
+            raise InvalidInput("a frame where none was to come", code="bad_message")
+        return bytes(self._scratch[self._start : self._stop])
+
     def get_buffer(self) -> memoryview:
         """Where to receive the next bytes; never empty."""
         if self._part is not None:

@@ -60,6 +60,10 @@ class Member:
             on_peer_up=lambda node_id: self._saw("up", node_id),
             on_peer_down=lambda node_id, reason: self._saw("down", node_id, reason),
             on_refused=lambda node_id: self._saw("refused", node_id),
+            on_path=lambda node_id, is_relayed: self._saw(
+                "path", node_id, "relayed" if is_relayed else "direct"
+            ),
+            on_reach=lambda: self._saw("reach"),
             on_channel_lost=lambda node_id, channel, reason: self._saw("lost", node_id, channel),
         )
 

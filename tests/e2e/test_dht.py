@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from daemon.discovery import dht
 from daemon.discovery.dht import DhtOptions, MeshDht
 from daemon.discovery.hivemind_import import import_dht_node
 from daemon.discovery.libp2p import ensure_identity, multiaddr, peer_id_of
@@ -196,6 +197,42 @@ async def test_a_newer_record_replaces_the_older(authority: MeshAuthority, tmp_p
         await until(lambda: first.sequence_of(second) == 1, "the first record is known")
         second.publish(2)
         await until(lambda: first.sequence_of(second) == 2, "the second record is known")
+
+
+async def test_a_node_that_nobody_can_dial_asks_and_is_never_asked(
+    authority: MeshAuthority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dht, "ROLE_SETTLE_S", 0.1)
+    one = new_member(authority, tmp_path, "one")
+    async with running(one):
+        two = new_member(authority, tmp_path, "two", *one.dht.maddrs)
+        async with running(two):
+            two.dht.serve(is_dialable=False)
+            await until(lambda: two.dht.n_starts == 2, "it changed its role")
+            one.publish()
+            two.publish()
+            await until(lambda: one.sequence_of(two) == 1, "the client's record")
+            await until(lambda: two.sequence_of(one) == 1, "the server's record")
+            assert two.dht.pid is not None
+            three = new_member(authority, tmp_path, "three", *one.dht.maddrs)
+            async with running(three):
+                three.publish()
+                await until(lambda: two.sequence_of(three) == 1, "another's record at the client")
+                assert not knows(one, two)
+                assert not knows(three, two)
+
+                address = two.dht.maddrs
+                two.dht.serve(is_dialable=True)
+                await until(lambda: knows(one, two), "the node that can be dialled now is listed")
+                two.publish(sequence=2)
+                await until(lambda: three.sequence_of(two) == 2, "its next record")
+                assert (two.dht.maddrs, two.dht.fault) == (address, None)
+
+
+def knows(member: Member, other: Member) -> bool:
+    """Whether `other` is in the routing table of `member`."""
+    node = member.dht.node
+    return node is not None and bool(other.dht.maddrs) and node.knows(other.dht.maddrs[0])
 
 
 async def test_a_stranger_is_refused_at_once(authority: MeshAuthority, tmp_path: Path) -> None:

@@ -637,6 +637,16 @@ def test_the_way_back(
         assert "TCP port 7701" in found.next_step
 
 
+def test_a_host_that_others_cannot_dial_is_told_so() -> None:
+    other = {"id": "b", "name": "osaka", "address": "10.0.0.2:7701", "state": "alive"}
+    found = judge("me", [OWN, other], LINKS, {"b"}, ["osaka (10.0.0.1:7701: timed out)"])
+    assert (found.outcome, found.finding.partition(":")[0]) == (
+        "warn",
+        "cannot be dialled by osaka (10.0.0.1",
+    )
+    assert "TCP port 7701" in found.next_step
+
+
 def test_the_way_back_is_asked_of_the_own_daemon(tmp_path: Path, shipped: ModelReference) -> None:
     member(tmp_path / "s", shipped)
     key = (tmp_path / "s" / "admin.key").read_text().strip()

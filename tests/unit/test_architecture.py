@@ -95,6 +95,40 @@ def test_hexmesh_imports_no_shell() -> None:
     assert wrong == []
 
 
+BOOTSTRAP_MAY_IMPORT = {
+    *("config", "courier", "runfile", "service_group", "views"),
+    *("peering", "discovery", "trust", "web"),
+}
+"""What a member does that serves no model; nothing of plans, stages, devices and requests."""
+
+
+def test_bootstrap_shares_with_the_daemon_what_makes_a_member_and_nothing_that_serves() -> None:
+    used = {
+        name.split(".")[1]
+        for path in python_files("bootstrap")
+        for name in imported_modules(path)
+        if name.startswith("daemon.")
+    }
+    assert used == BOOTSTRAP_MAY_IMPORT
+
+
+def test_only_its_verb_starts_bootstrap() -> None:
+    users = [str(path.relative_to(ROOT)) for path in python_files("daemon") if "bootstrap" in roots(path)]
+    assert users == ["daemon/verbs/bootstrap.py"]
+
+
+def test_starting_bootstrap_loads_no_torch_and_nothing_that_serves() -> None:
+    code = (
+        "import sys, bootstrap.node\n"
+        "print(sorted({'torch', 'transformers', 'hivemind', 'hexmesh.runtime', 'hexmesh.schedule',"
+        " 'daemon.node', 'daemon.compute'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "[]"
+
+
 def test_hexmesh_has_no_sockets_clocks_environment_or_tasks() -> None:
     wrong = []
     for path in python_files("hexmesh"):

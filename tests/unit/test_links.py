@@ -311,6 +311,26 @@ def test_a_flap_within_one_turn_of_the_loop_is_a_new_connection() -> None:
     run_virtually(scene())
 
 
+def test_what_was_measured_over_a_relay_does_not_stick() -> None:
+    async def scene() -> None:
+        async with Mesh("ab") as mesh:
+            mesh["a"].path_changed("b", is_relayed=True)  # told before the connection is up
+            mesh.network.add_link("a", "b", rtt_s=0.2, bytes_per_s=2e6)
+            mesh.connect("a", "b")
+            await mesh.until_measured(("a", "b"), patience_s=6.0)
+            assert [facts.relayed for facts in mesh["a"].links()] == [True]
+            mesh.network.add_link("a", "b", rtt_s=0.01, bytes_per_s=50e6)
+            mesh["a"].path_changed("b", is_relayed=False)
+            assert mesh["a"].links() == ()
+            await mesh.until_measured(("a", "b"), patience_s=3.0)
+            (facts,) = mesh["a"].links()
+            assert not facts.relayed
+            assert facts.link.rtt_p95_s == pytest.approx(0.01, rel=0.1)
+            assert facts.link.bytes_per_s == pytest.approx(50e6, rel=0.3)
+
+    run_virtually(scene())
+
+
 def test_a_path_that_stays_broken_is_dropped() -> None:
     async def scene() -> None:
         async with Mesh("ab") as mesh:

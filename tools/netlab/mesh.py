@@ -6,7 +6,7 @@ import http.client
 import socket
 import sys
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 from urllib.parse import urlsplit
 
 from daemon.terminal.client import Client
@@ -53,11 +53,17 @@ class LabDaemon(LocalDaemon):
 class LabMesh(LocalMesh):
     """Owner of the daemons, as `LocalMesh` is; a daemon is named after its host. Close it before the lab."""
 
-    def start_on(self, host: Host, *flags: str, token: str | None = None) -> LabDaemon:
+    def start_on(
+        self,
+        host: Host,
+        *flags: str,
+        token: str | None = None,
+        verb: Literal["join", "bootstrap"] = "join",
+    ) -> LabDaemon:
         """Start a daemon on `host`, listening on its address; with a token it joins the first one. Does not wait."""
         self.program = (*host.program, *_DAEMON)
         flags = ("--listen", host.address, "--site", host.site, *flags)  # the last --listen counts
-        local = LocalMesh.start(self, host.name, *flags, token=token)
+        local = LocalMesh.start(self, host.name, *flags, token=token, verb=verb)
         daemon = LabDaemon(
             name=local.name,
             folder=local.folder,
