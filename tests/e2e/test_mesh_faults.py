@@ -24,8 +24,6 @@ from tests.e2e.asking import Stream, expected, token_ids
 FLAGS = ("--device", "cpu", "--threads", "1", "--min-nodes", "3", "--memory")
 QUESTION = "What is a KV cache?"
 N_TOKENS = 300
-LONG = 1500
-"""More tokens than any test has time for."""
 
 
 @pytest.fixture
@@ -116,7 +114,8 @@ def test_a_coordinator_without_a_stage_is_killed_and_no_stream_notices_but_those
         assert before["coordinator"] == coordinator.node_id
         assert coordinator not in stage_nodes(mesh, others[0])
         with ThreadPoolExecutor(1) as pool:
-            doomed = Stream(coordinator.client, token_ids(QUESTION), LONG)
+            n_tokens_of_room = 16 * others[0].get("/admin/status")["kv_blocks"]["free"]
+            doomed = Stream(coordinator.client, token_ids(QUESTION), n_tokens_of_room // 2)
             doomed_run = pool.submit(doomed.run)
             mesh.await_value(lambda: doomed.token_ids or None, timeout_s=30, what="the other stream")
             stream = ask_and_kill(mesh, others[0], coordinator)
@@ -126,16 +125,14 @@ def test_a_coordinator_without_a_stage_is_killed_and_no_stream_notices_but_those
         # What the dead node's client asked for is given up, and its blocks are free again.
         mesh.await_value(lambda: is_at_rest(others[0]) or None, timeout_s=3, what="all blocks to be free")
         mesh.await_value(
-            lambda: True if topology(others[0])["plan_id"] != before["plan_id"] else None,
+            lambda: topology(others[0])["coordinator"] in {one.node_id for one in others} or None,
             timeout_s=10,
-            what="a plan without the dead coordinator",
+            what="another coordinator",
         )
         assert topology(others[0])["replicas"][0]["stages"] == before["replicas"][0]["stages"]
-        # Neither replayed nor started over: the new plan leaves the replica as it is, KV and all.
+        # Neither replayed nor started over: the plan stays, or the next one leaves the replica as it is, KV and all.
         assert Stream(others[1].client, token_ids(QUESTION), 20).run() == stream.token_ids[:20]
-        logs = [daemon.log.read_text() for daemon in others]
-        assert not any("replayed" in log for log in logs)
-        assert any("replica carried over" in log for log in logs)
+        assert not any("replayed" in daemon.log.read_text() for daemon in others)
 
 
 def test_a_mesh_that_cannot_hold_the_model_says_what_it_needs_and_recovers(mesh: LocalMesh) -> None:
