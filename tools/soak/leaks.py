@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +46,8 @@ def holdings(daemon: LocalDaemon) -> Holdings:
     )
 
 
-def leaks(before: Holdings, after: Holdings) -> list[str]:
-    """What is held afterwards and was not before, in words."""
+def leaks(before: Holdings, after: Holdings, known_files: Set[str]) -> list[str]:
+    """What is held afterwards and was not before, in words. `known_files`: those that some daemon had at first."""
     found = []
     if after.processes != before.processes:
         found.append(f"processes {dict(after.processes)}, at first {dict(before.processes)}")
@@ -55,7 +55,7 @@ def leaks(before: Holdings, after: Holdings) -> list[str]:
         found.append(f"{after.n_listening} listening ports, at first {before.n_listening}")
     if after.n_fds > before.n_fds + FD_SLACK:
         found.append(f"{after.n_fds} open files, at first {before.n_fds}")
-    if new := sorted(after.files - before.files):
+    if new := sorted(after.files - known_files):
         found.append(f"files {new}")
     if after.blocks_used:
         found.append(f"{after.blocks_used} KV blocks in use by nobody")

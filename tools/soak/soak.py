@@ -150,10 +150,11 @@ def _judge_outcomes(result: Result) -> None:
 def _judge_leaks(scene: Scene, before: dict[str, Holdings], result: Result) -> None:
     """Give the mesh a while to put things away, then say what is left."""
     left: dict[str, list[str]] = {}
+    known_files = frozenset(name for held in before.values() for name in held.files)
 
     def find_clean() -> bool | None:
         for daemon in scene.mesh.daemons:
-            left[daemon.name] = leaks(before[daemon.name], holdings(daemon))
+            left[daemon.name] = leaks(before[daemon.name], holdings(daemon), known_files)
         return True if not any(left.values()) else None
 
     try:
