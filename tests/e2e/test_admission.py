@@ -27,7 +27,7 @@ from hexmesh.identity.keys import NodeKey
 from hexmesh.identity.tokens import JoinToken, make_token, parse_token
 from hexmesh.ids import NodeId, new_boot
 from hexmesh.wire.data import GenerateCancel
-from hexmesh.wire.peering import JoinRequest, MemberAddress, ModelReference
+from hexmesh.wire.peering import PROTOCOL_VERSION, JoinRequest, MemberAddress, ModelReference
 
 PEER_ID = "12D3KooWFounder"
 MODEL = ModelReference(name="glossary", model_id="ab" * 32, root="hexmesh-glossary")
@@ -302,7 +302,7 @@ async def test_another_protocol_is_refused_by_name(tmp_path: Path) -> None:
 
     assert (error.code, error.exit_code) == ("protocol_mismatch", 4)
     assert "newer speaks protocol 9" in error.message
-    assert "this mesh speaks protocol 1 (hexmesh 0.1.0)" in error.message
+    assert f"this mesh speaks protocol {PROTOCOL_VERSION} (hexmesh 0.1.0)" in error.message
 
 
 @pytest.mark.parametrize("ahead_s", [-4.0, 4.0, -86400.0, 86400.0 * 4000])

@@ -31,7 +31,7 @@ from hexmesh.identity.keys import NodeKey
 from hexmesh.wire import codec
 from hexmesh.wire.data import GenerateCancel
 from hexmesh.wire.frames import FrameDecoder, FrameLimits
-from hexmesh.wire.peering import Channel, MeshRoot, PeerHello, PeerRefused, WantRoot
+from hexmesh.wire.peering import PROTOCOL_VERSION, Channel, MeshRoot, PeerHello, PeerRefused, WantRoot
 from tests.e2e.members import DHT_PEER_ID, Member, make_member, write_tls_files
 
 SHORT_CHANNELS = CHANNELS | {
@@ -368,7 +368,10 @@ async def test_unlike_protocols_are_refused_by_name(
         await b.until(lambda: bool(b.seen))
 
     assert (b.seen, a.seen, a.messages) == ([("lost", a.node_id, "data")], [], [])
-    assert "b speaks protocol 7 (hexmesh 9.9) and a speaks protocol 1 (hexmesh 0.1.0)" in caplog.text
+    assert (
+        f"b speaks protocol 7 (hexmesh 9.9) and a speaks protocol {PROTOCOL_VERSION} (hexmesh 0.1.0)"
+        in caplog.text
+    )
     assert "run the same version of hexmesh on both" in caplog.text
 
 
