@@ -101,10 +101,6 @@ class FrameConnection:
         self._loop.call_soon(self._shake_hands)
 
     @property
-    def is_closed(self) -> bool:
-        return self._state == "closed"
-
-    @property
     def has_unsent(self) -> bool:
         return bool(self._unsent)
 
