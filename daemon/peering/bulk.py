@@ -20,12 +20,14 @@ from hexmesh.wire.frames import Buffer, Frame, FrameDecoder, FrameLimits
 class BulkSocket:
     """Owns a greeted connection with one member. One thread uses it; `abort` may come from any."""
 
-    def __init__(self, member: MemberIdentity, sock: ssl.SSLSocket, unsent: list[memoryview]) -> None:
+    def __init__(
+        self, member: MemberIdentity, sock: ssl.SSLSocket, unsent: list[memoryview], received: bytes
+    ) -> None:
         self.member = member
         self._socket = sock
         self._unsent: list[Buffer] = list(unsent)
         self._decoder = FrameDecoder()
-        self._frames: Iterator[Frame] = iter(())
+        self._frames: Iterator[Frame] = self._decoder.feed(received)
 
     def __enter__(self) -> Self:
         return self
@@ -36,7 +38,7 @@ class BulkSocket:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._socket.close()
+        self.close()
 
     @property
     def node_id(self) -> NodeId:
@@ -72,6 +74,10 @@ class BulkSocket:
                     raise Lost(f"node {short(self.node_id)} closed the connection")
                 self._frames = self._decoder.advance(n_bytes)
         return frame
+
+    def close(self) -> None:
+        """No thread uses it any more, or ever will."""
+        self._socket.close()
 
     def abort(self) -> None:
         """Make a thread that waits here fail soon. The descriptor stays open until that thread closes it."""

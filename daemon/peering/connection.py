@@ -101,10 +101,6 @@ class FrameConnection:
         self._loop.call_soon(self._shake_hands)
 
     @property
-    def is_closed(self) -> bool:
-        return self._state == "closed"
-
-    @property
     def has_unsent(self) -> bool:
         return bool(self._unsent)
 
@@ -136,16 +132,19 @@ class FrameConnection:
             self._is_flush_due = True
             self._loop.call_soon(self._flush)
 
-    def detach(self) -> tuple[ssl.SSLSocket, list[memoryview]]:
-        """Give the open connection away: its socket, and what is still to be written. The owner hears no more of it."""
+    def detach(self) -> tuple[ssl.SSLSocket, list[memoryview], bytes]:
+        """Give the open connection away: its socket, what is still to be written, and what was received after the
+        frame that is handed out now, if one is. The owner hears no more of it.
+        """
         assert self._state == "open"
+        received = self._decoder.rest()
         self._state = "closed"
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
         unsent = list(self._unsent)
         self._unsent.clear()
         self._pull = None
-        return self._socket, unsent
+        return self._socket, unsent, received
 
     def close_when_sent(self) -> None:
         """Send what is queued, then say end-of-file and close; `on_lost` follows within a second or so."""

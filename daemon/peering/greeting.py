@@ -30,7 +30,7 @@ class LocalPeer:
     def __post_init__(self) -> None:
         check_name(self.name)
 
-    def hello(self, channel: Channel) -> PeerHello:
+    def hello(self, channel: Channel, *, is_call_back: bool = False) -> PeerHello:
         """The first frame of a connection, with this moment's clock."""
         return PeerHello(
             protocol_version=self.protocol_version,
@@ -41,6 +41,7 @@ class LocalPeer:
             clock_unix_s=self.clock(),
             channel=channel,
             address=self.address,
+            is_call_back=is_call_back,
         )
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from daemon.peering.address import Address
-from daemon.peering.bulk import BulkSocket
 from daemon.peering.connection import CLOSED_HERE, FrameConnection, Loss, loss_of, prepare_socket
 from daemon.peering.greeting import LocalPeer, greeting_fault
 from daemon.peering.incoming import Incoming
@@ -341,7 +340,7 @@ class _Call:
         if isinstance(message, PeerRefused):
             if message.proof:
                 self._judge.on_proof(message.proof)
-            connection.close(Loss("refused", _one_line(message)))
+            connection.close(Loss("refused", one_line(message)))
             return
         raise InvalidInput(f"unexpected {type(message).__name__} on an outgoing connection")
 
@@ -376,70 +375,6 @@ def why_not_node(connection: FrameConnection, node_id: NodeId, where: str, judge
     return Loss("tls", refusal.message) if refusal is not None else None
 
 
-class _BulkCall:
-    """One dial for a thread: owner of its connection's events until it is given away."""
-
-    def __init__(self, node_id: NodeId, address: Address, local: LocalPeer, judge: Judge) -> None:
-        self.greeted: asyncio.Future[PeerHello | Loss] = asyncio.get_running_loop().create_future()
-        self._judge = judge
-        self._node_id = node_id
-        self._address = address
-        self._local = local
-
-    def on_open(self, connection: FrameConnection) -> None:
-        if (wrong := why_not_node(connection, self._node_id, str(self._address), self._judge)) is not None:
-            connection.close(wrong)
-            return
-        connection.write(codec.PEERING.frame(self._local.hello("bulk"), limits=JOIN_LIMITS))
-
-    def on_frame(self, connection: FrameConnection, frame: Frame) -> None:
-        message = codec.PEERING.decode(frame.header)
-        if isinstance(message, PeerHello) and not self.greeted.done():
-            fault = greeting_fault(self._local, message, self._node_id)
-            if fault is None:
-                self.greeted.set_result(message)
-                return
-            message = fault
-        if isinstance(message, PeerRefused):
-            if message.proof:
-                self._judge.on_proof(message.proof)
-            connection.close(Loss("refused", _one_line(message)))
-            return
-        raise InvalidInput(f"unexpected {type(message).__name__} on an outgoing connection")
-
-    def on_lost(self, connection: FrameConnection, loss: Loss) -> None:
-        if not self.greeted.done():
-            self.greeted.set_result(loss)
-
-
-async def dial_bulk(
-    local: LocalPeer, context: ssl.SSLContext, node_id: NodeId, address: Address, judge: Judge
-) -> BulkSocket:
-    """A greeted bulk connection to exactly that node. Raises Lost or Refused."""
-    call = _BulkCall(node_id, address, local, judge)
-    try:
-        async with asyncio.timeout(CONNECT_S):
-            sock = await connect_tcp(address)
-        connection = FrameConnection(sock, context, call, JOIN_LIMITS, is_server=False)
-    except OSError as error:
-        raise Lost(f"{address}: {loss_of(error).message}", code="unreachable") from error
-    try:
-        async with asyncio.timeout(GREET_S):
-            greeted = await call.greeted
-    except BaseException as error:
-        connection.close()
-        if isinstance(error, TimeoutError):
-            raise Lost(f"{address} did not greet in time", code="unreachable") from error
-        raise
-    if isinstance(greeted, Loss):
-        kind = Refused if greeted.kind in ("refused", "tls") else Lost
-        raise kind(f"{address}: {greeted.message}", code="unreachable")
-    if connection.is_closed:
-        raise Lost(f"{address} hung up", code="unreachable")
-    member = member_of(connection)
-    return BulkSocket(member, *connection.detach())
-
-
 async def connect_tcp(address: Address) -> socket.socket:
     """A connected socket, ready for FrameConnection. Raises OSError."""
     loop = asyncio.get_running_loop()
@@ -472,5 +407,6 @@ async def _resolve(address: Address) -> list[tuple[int, tuple[str, int]]]:
     return [(family, (address.host, address.port))]
 
 
-def _one_line(refusal: PeerRefused) -> str:
+def one_line(refusal: PeerRefused) -> str:
+    """Why not, and what to do next."""
     return f"{refusal.message}; {refusal.next_step}" if refusal.next_step else refusal.message

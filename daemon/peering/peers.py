@@ -15,7 +15,6 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
-from weakref import WeakSet
 
 import msgspec
 
@@ -23,12 +22,14 @@ from daemon.complaints import Complaints
 from daemon.peering.acceptor import Acceptor
 from daemon.peering.address import Address, bound_address, parse_address
 from daemon.peering.bulk import BulkSocket
+from daemon.peering.bulk_dial import BulkDialler
+from daemon.peering.bulk_ways import BulkWays
 from daemon.peering.connection import Loss, prepare_socket
 from daemon.peering.crowd import oldest_of_the_crowd
 from daemon.peering.greeting import LocalPeer, clock_difference_s
 from daemon.peering.incoming import Incoming
 from daemon.peering.outbox import OutboxRules
-from daemon.peering.outgoing import MOVED, DialFailure, Outgoing, dial_bulk
+from daemon.peering.outgoing import MOVED, DialFailure, Outgoing
 from daemon.peering.peer_events import CHANNELS, ChannelRules, PeerEvents, PeerInfo
 from daemon.peering.tls import client_context, load_certificate, server_context
 from daemon.peering.ways import Ways
@@ -102,10 +103,11 @@ class PeerNetwork:
         self._peers: dict[NodeId, _Peer] = {}
         self._accepted: dict[Incoming, None] = {}
         """Oldest first."""
-        self._bulk: WeakSet[BulkSocket] = WeakSet()
         self._server_context = server_context(local.tls)
         self._client_context = client_context(local.tls)
         self._ways = Ways(self, self._client_context, events.on_reach)
+        dialler = BulkDialler(local, self._client_context, self)
+        self._bulk = BulkWays(self, self._ways, dialler, events.on_bulk)
         self._group = asyncio.TaskGroup()
         self._tasks: set[asyncio.Task[None]] = set()
         self._complaints = Complaints()
@@ -127,8 +129,7 @@ class PeerNetwork:
     ) -> None:
         self._is_open = False
         self._acceptor.close()
-        for bulk in list(self._bulk):
-            bulk.abort()
+        self._bulk.abort()
         for peer in self._peers.values():
             for link in peer.outgoing.values():
                 link.close()
@@ -196,9 +197,7 @@ class PeerNetwork:
 
     def forget(self, node_id: NodeId) -> None:
         """Close everything with a peer and drop what is known of it, without telling; it may come back."""
-        for bulk in list(self._bulk):
-            if bulk.node_id == node_id:
-                bulk.abort()
+        self._bulk.abort(lambda member: member.node_id == node_id)
         self._ways.forget(node_id)
         if self._events.relay is not None:
             self._events.relay.forget(node_id)
@@ -219,9 +218,7 @@ class PeerNetwork:
             for link in peer.outgoing.values():
                 if link.is_up and link.member is not None and self._is_refused(link.member):
                     link.drop_connection()
-        for bulk in list(self._bulk):
-            if self._is_refused(bulk.member):
-                bulk.abort()
+        self._bulk.abort(self._is_refused)
 
     def reload_certificate(self) -> None:
         """Show the certificate that the files hold now, on connections made from now on."""
@@ -230,12 +227,9 @@ class PeerNetwork:
 
     async def open_bulk(self, node_id: NodeId) -> BulkSocket:
         """A connection to a peer for blocking use in a thread; the caller closes it. Raises Lost or Refused."""
-        address = self.address_of(node_id)
-        if not self._is_open or address is None:
-            raise Lost(f"no way to node {short(node_id)} is known", code="unknown_peer")
-        sock = await dial_bulk(self._local, self._client_context, node_id, address, self)
-        self._bulk.add(sock)
-        return sock
+        if not self._is_open:
+            raise Lost("this node leaves", code="leaving")
+        return await self._bulk.open(node_id)
 
     def queued_bytes(self, node_id: NodeId, channel: Channel) -> int:
         """What waits to be sent to a peer."""
@@ -301,7 +295,7 @@ class PeerNetwork:
         return await self._ways.called_back(link)
 
     async def open_circuit(self, link: Outgoing) -> socket.socket:
-        return await self._ways.open_circuit(link)
+        return await self._ways.open_circuit(link.node_id, link.n_failures // 2)
 
     def on_link_up(self, link: Outgoing, hello: PeerHello) -> None:
         peer = self._peers.get(link.node_id)
@@ -375,12 +369,7 @@ class PeerNetwork:
 
     def on_bulk_member(self, incoming: Incoming) -> None:
         self._accepted.pop(incoming, None)
-        if self._events.on_bulk is None:
-            incoming.close()
-            return
-        sock = incoming.detach()
-        self._bulk.add(sock)
-        self._events.on_bulk(sock)
+        self._bulk.accept(incoming)
 
     def on_member_frame(self, incoming: Incoming, frame: Frame) -> None:
         assert incoming.member is not None
@@ -430,6 +419,8 @@ class PeerNetwork:
     def _hear(self, node_id: NodeId, frame: Frame) -> None:
         """A message of a member: about connections, or for the owner."""
         match message := self._decode(frame.header):
+            case CallMe(channel="bulk"):
+                self._bulk.call_back(node_id)
             case CallMe():
                 self.connect(node_id, message.channel)
             case Undialable() if message.address != self._local.address:

@@ -120,14 +120,28 @@ class Ways:
     # What a link that wants a connection asks.
 
     def way_of(self, link: Outgoing) -> Way:
-        incoming = self._owner.incoming_of(link.node_id)
-        control = incoming.get("control")
+        has_accepted = link.channel in self._owner.incoming_of(link.node_id)
+        is_dialable = self.direct(link.node_id).is_open
+        return self._choose(
+            link.node_id, is_dialable=is_dialable, has_accepted=has_accepted, failed=link.failed
+        )
+
+    def way_of_bulk(self, node: NodeId, failed: Way | None = None) -> Way:
+        """How to get a bulk connection, when `failed` was tried in vain just now.
+
+        A dial for bulk that failed says little of dialling in general, so it is held against this try alone.
+        """
+        is_dialable = self.direct(node).is_open and failed != "direct"
+        return self._choose(node, is_dialable=is_dialable, has_accepted=False, failed=failed)
+
+    def _choose(self, node: NodeId, *, is_dialable: bool, has_accepted: bool, failed: Way | None) -> Way:
+        control = self._owner.incoming_of(node).get("control")
         return choose_way(
-            is_dialable=self.direct(link.node_id).is_open,
-            has_accepted=link.channel in incoming,
+            is_dialable=is_dialable,
+            has_accepted=has_accepted,
             is_heard=control is not None and not control.is_relayed,
-            has_relay=bool(self._relays_to(link.node_id)),
-            failed=link.failed,
+            has_relay=bool(self._relays_to(node)),
+            failed=failed,
         )
 
     async def called_back(self, link: Outgoing) -> Incoming:
@@ -147,13 +161,13 @@ class Ways:
             await way.arrived.wait()
         return incoming
 
-    async def open_circuit(self, link: Outgoing) -> socket.socket:
+    async def open_circuit(self, node: NodeId, turn: int) -> socket.socket:
         """A socket with the peer at its other end, through one relay after another. Raises Lost."""
-        relays = self._relays_to(link.node_id)
+        relays = self._relays_to(node)
         if not relays:
             raise Lost("no relay is connected")
-        relay, address = relays[link.n_failures // 2 % len(relays)]
-        return await self._circuits.dial(relay, address, OpenCircuit(to=link.node_id))
+        relay, address = relays[turn % len(relays)]
+        return await self._circuits.dial(relay, address, OpenCircuit(to=node))
 
     def _relays_to(self, node: NodeId) -> list[tuple[NodeId, Address]]:
         """Relays that are up, other than the node itself."""

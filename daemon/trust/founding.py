@@ -22,9 +22,10 @@ from daemon.peering.address import (
     parse_address,
 )
 from daemon.peering.bulk import BulkSocket
+from daemon.peering.bulk_dial import BulkDialler
 from daemon.peering.greeting import LocalPeer
 from daemon.peering.listening import listen_host
-from daemon.peering.outgoing import NoVerdicts, dial_bulk
+from daemon.peering.outgoing import NoVerdicts
 from daemon.peering.tls import client_context
 from daemon.trust.admission import found_mesh
 from daemon.trust.attestor import Attestor
@@ -173,9 +174,8 @@ def _dialler(options: JoinOptions, state: StateFolder, key: NodeKey, membership:
     )
 
     async def dial(member: MemberAddress) -> BulkSocket:
-        context = client_context(local.tls)
-        address = parse_address(member.address)
-        return await dial_bulk(local, context, NodeId(member.node_id), address, NoVerdicts())
+        dialler = BulkDialler(local, client_context(local.tls), NoVerdicts())
+        return await dialler.dial(NodeId(member.node_id), parse_address(member.address))
 
     return dial
 

@@ -43,7 +43,10 @@ class CircuitOffered(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class CallMe(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """I have messages for you on this channel and cannot dial you: dial me, I shall send on that connection."""
+    """I have messages for you on this channel and cannot dial you: dial me, I shall send on that connection.
+
+    With "bulk" each CallMe is for one connection, whose hello has `is_call_back`.
+    """
 
     channel: Channel
 

@@ -21,7 +21,9 @@ JOIN_LIMITS = FrameLimits(header_bytes=64 * 1024, payload_bytes=0)
 JOIN_REPLY_LIMITS = FrameLimits(header_bytes=1024 * 1024, payload_bytes=0)
 
 Channel = Literal["control", "data", "probe", "bulk"]
-"""On "bulk" the dialling side asks and the accepting side answers (`hexmesh.wire.weights`); nothing else goes there."""
+"""On "bulk" the dialling side asks and the accepting side answers (`hexmesh.wire.weights`); nothing else goes there.
+Where the accepting side had to ask for the connection (`CallMe`), it is the other way round.
+"""
 
 MAX_TEXT = 256
 _PRINTABLE = r"\A[^\x00-\x1f\x7f-\x9f]*\Z"
@@ -45,6 +47,8 @@ class PeerHello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What the dialling side will send here; the accepting side repeats it."""
     address: Text = ""
     """Where the speaker can be dialled, host:port; empty if it cannot."""
+    is_call_back: bool = False
+    """With "bulk": the accepting side asked for this connection and asks its questions on it."""
 
 
 class PeerRefused(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -20,6 +20,8 @@ from hexmesh.wire.peering import PeerRefused
 from tests.e2e.members import Member, make_member
 
 LIMITS = FrameLimits(header_bytes=100, payload_bytes=10_000_000)
+ENDED = "closed the connection|broke"
+"""What a thread is told when its connection was ended; one that merely waited in vain would hear of a stand-still."""
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ async def test_a_member_that_is_removed_loses_its_bulk_connections(
             await asyncio.to_thread(ask, sock, b"x")
             removed.append(PeerRefused(code="removed", message="it was removed"))
             from_b.review()
-            with pytest.raises(Lost):
+            with pytest.raises(Lost, match=ENDED):
                 await asyncio.to_thread(sock.receive)
         with pytest.raises(Lost):
             await echoes.ends[0]
@@ -111,3 +113,17 @@ async def test_nobody_serves_where_nothing_is_served_and_others_get_nothing(
         for dialling in (from_a, from_stranger):
             with pytest.raises(HexmeshError):
                 await dialling.open_bulk(b.node_id)
+
+
+async def test_bulk_connections_end_with_the_network(authority: MeshAuthority, tmp_path: Path) -> None:
+    a, b = make_member(authority, tmp_path, "a"), make_member(authority, tmp_path, "b")
+    echoes = Echoes()
+    async with network(a) as from_a:
+        async with network(b, echoes.serve):
+            from_a.learn_address(b.node_id, "127.0.0.1", b.port)
+            sock = await from_a.open_bulk(b.node_id)
+            await asyncio.to_thread(ask, sock, b"x")
+        with sock, pytest.raises(Lost, match=ENDED):
+            await asyncio.to_thread(sock.receive)
+    with pytest.raises(Lost):
+        await echoes.ends[0]

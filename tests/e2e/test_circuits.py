@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 from bootstrap.relay import Relay
 from daemon.peering import splice, ways
 from daemon.peering.address import LOOPBACK, bound_address, listen_tcp, parse_address
+from daemon.peering.bulk import BulkSocket
 from daemon.peering.peers import PeerNetwork
 from daemon.peering.tls import client_context, stranger_context
 from hexmesh.identity.authority import MeshAuthority
@@ -84,8 +85,13 @@ def authority() -> MeshAuthority:
 
 @contextlib.asynccontextmanager
 async def a_scene(
-    authority: MeshAuthority, folder: Path, *, book: CircuitBook | None = None
+    authority: MeshAuthority,
+    folder: Path,
+    *,
+    book: CircuitBook | None = None,
+    serve: Callable[[BulkSocket], None] | None = None,
 ) -> AsyncIterator[Scene]:
+    """`serve` takes bulk connections to b."""
     at_relay = make_member(authority, folder, "relay")
     at_a, at_b = (hidden(make_member(authority, folder, name)) for name in ("a", "b"))
     relay = Relay(
@@ -103,7 +109,7 @@ async def a_scene(
     )
     relay_network = PeerNetwork(at_relay.local, at_relay.listener, events)
     a = PeerNetwork(at_a.local, at_a.listener, at_a.events)
-    b = PeerNetwork(at_b.local, at_b.listener, at_b.events)
+    b = PeerNetwork(at_b.local, at_b.listener, replace(at_b.events, on_bulk=serve))
     async with relay_network, a, b:
         async with asyncio.TaskGroup() as group:
             running = group.create_task(relay.run())

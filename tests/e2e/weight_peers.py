@@ -22,8 +22,9 @@ from daemon.models.model_source import SHIPPED_MODEL, resolve_model
 from daemon.models.weight_fetch import FetchProgress, WeightFetch, WeightPeer
 from daemon.peering.address import Address, parse_address
 from daemon.peering.bulk import BulkSocket
+from daemon.peering.bulk_dial import BulkDialler
 from daemon.peering.greeting import LocalPeer
-from daemon.peering.outgoing import NoVerdicts, dial_bulk
+from daemon.peering.outgoing import NoVerdicts
 from daemon.peering.tls import client_context
 from hexmesh.errors import Lost
 from hexmesh.identity.authority import MeshAuthority
@@ -157,7 +158,7 @@ class WeightMesh:
         peer = self.peers.get(node_id)
         if peer is None:
             raise Lost("nobody of that name")
-        return await dial_bulk(me, client_context(files), node_id, peer.address, NoVerdicts())
+        return await BulkDialler(me, client_context(files), NoVerdicts()).dial(node_id, peer.address)
 
     def stop(self) -> None:
         for peer in self.peers.values():

@@ -40,8 +40,9 @@ from daemon.models.weight_fetch import WeightFetch, WeightPeer  # noqa: E402
 from daemon.models.weight_server import WeightServer  # noqa: E402
 from daemon.peering.address import LOOPBACK, bound_address, listen_tcp, parse_address  # noqa: E402
 from daemon.peering.bulk import BulkSocket  # noqa: E402
+from daemon.peering.bulk_dial import BulkDialler  # noqa: E402
 from daemon.peering.greeting import LocalPeer  # noqa: E402
-from daemon.peering.outgoing import NoVerdicts, dial_bulk  # noqa: E402
+from daemon.peering.outgoing import NoVerdicts  # noqa: E402
 from daemon.peering.peers import PeerEvents, PeerNetwork  # noqa: E402
 from daemon.peering.tls import TlsFiles, client_context  # noqa: E402
 from hexmesh.identity.authority import MeshAuthority, request_certificate  # noqa: E402
@@ -202,10 +203,10 @@ async def fetch(
     model = CachedModel(folder, local.manifest)
     model.describe(local.encoded, About(name="bench", folder=None), {})
     addresses = {peer.identity.node_id: parse_address(peer.address) for peer in peers}
-    context, me = client_context(own.tls), own.local_peer("bench", "")
+    dialler = BulkDialler(own.local_peer("bench", ""), client_context(own.tls), NoVerdicts())
 
     async def dial(node_id: NodeId) -> BulkSocket:
-        return await dial_bulk(me, context, node_id, addresses[node_id], NoVerdicts())
+        return await dialler.dial(node_id, addresses[node_id])
 
     job = WeightFetch(
         model_id=local.id,
@@ -233,9 +234,8 @@ async def watch_lateness(late: list[float]) -> None:
 
 async def copy_plain(own: Identity, peer: Peer, n_bytes: int) -> float:
     """Seconds to receive a file through one TLS socket."""
-    me = own.local_peer("bench", "")
-    address = parse_address(peer.address)
-    sock = await dial_bulk(me, client_context(own.tls), peer.identity.node_id, address, NoVerdicts())
+    dialler = BulkDialler(own.local_peer("bench", ""), client_context(own.tls), NoVerdicts())
+    sock = await dialler.dial(peer.identity.node_id, parse_address(peer.address))
 
     def receive() -> float:
         buffer = bytearray(4 * MIB)
