@@ -350,7 +350,6 @@ class BootstrapNode:
             site=options.site,
             peer_address=str(member.address),
             dht_maddrs=self._dht.maddrs,
-            http_url=None,
             hexmesh_version=__version__,
             protocol_version=PROTOCOL_VERSION,
             model_id=member.membership.model.model_id,

@@ -589,7 +589,6 @@ class Node:
             site=options.site,
             peer_address=str(member.address),
             dht_maddrs=self._dht.maddrs if self._network.reach.is_dialable else (),
-            http_url=None,
             hexmesh_version=__version__,
             protocol_version=PROTOCOL_VERSION,
             model_id=member.model.id,

@@ -99,7 +99,6 @@ class TokenRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What the issuer remembers of a token; the secret cannot be had from it."""
 
     secret_sha256: bytes
-    created_unix_s: float
     expires_unix_s: float
     uses: int
     redeemed_by: tuple[str, ...] = ()
@@ -133,7 +132,6 @@ class TokenLedger(msgspec.Struct, frozen=True):
             raise InvalidInput(f"a token has at least one use, not {uses}", next_step="give --uses 1")
         record = TokenRecord(
             secret_sha256=_hash(secret),
-            created_unix_s=now_unix_s,
             expires_unix_s=now_unix_s + ttl_s,
             uses=uses,
         )

@@ -275,7 +275,6 @@ class Evil:
             site="s",
             peer_address=self._local.address,
             dht_maddrs=(),
-            http_url=None,
             hexmesh_version="0",
             protocol_version=1,
             model_id="m",

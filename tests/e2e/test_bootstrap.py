@@ -183,7 +183,6 @@ async def test_a_joiner_that_names_it_is_sent_to_the_issuer(tmp_path: Path) -> N
                 site="s",
                 peer_address=founder.address,
                 dht_maddrs=(),
-                http_url=None,
                 hexmesh_version="0",
                 protocol_version=1,
                 model_id=MODEL.model_id,

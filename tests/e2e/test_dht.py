@@ -59,7 +59,6 @@ def record_of(attestor: Attestor, sequence: int = 1) -> NodeRecord:
         site="s",
         peer_address="127.0.0.1:7701",
         dht_maddrs=(),
-        http_url=None,
         hexmesh_version="0",
         protocol_version=1,
         model_id="m",

@@ -71,7 +71,6 @@ def describe(attestor: Attestor, stamp: RecordStamp, now_unix_s: float) -> NodeR
         site="s",
         peer_address="127.0.0.1:7701",
         dht_maddrs=(),
-        http_url=None,
         hexmesh_version="0",
         protocol_version=1,
         model_id="m",

@@ -32,7 +32,6 @@ def record(node: str, *, rate_to_me: float | None = None, has_all: bool = True) 
         site="s",
         peer_address="127.0.0.1:1",
         dht_maddrs=(),
-        http_url=None,
         hexmesh_version="0",
         protocol_version=1,
         model_id="m",

@@ -69,7 +69,6 @@ def record(
         site="s",
         peer_address="127.0.0.1:1",
         dht_maddrs=(),
-        http_url=None,
         hexmesh_version="0",
         protocol_version=1,
         model_id="m",
@@ -92,9 +91,7 @@ def planner_over(*records: KnownRecord) -> tuple[MeshPlanner, Directory]:
 
 
 def wanted(reason: str = "first plan") -> PlanWanted:
-    return PlanWanted(
-        request_id=1, hosts=dict.fromkeys(IDS.values(), 1), reason=reason, current=None, excluded={}
-    )
+    return PlanWanted(request_id=1, hosts=dict.fromkeys(IDS.values(), 1), reason=reason, excluded={})
 
 
 async def test_a_plan_carries_its_digest_its_hosts_and_a_reason_with_names() -> None:
@@ -176,9 +173,7 @@ async def test_a_planners_bug_blocks_planning_and_ends_no_daemon(monkeypatch: py
             on_replan=lambda reason: None,
         )
         loop.attach(cast(Any, NoEpochs()))
-        await loop._plan(
-            PlanWanted(request_id=1, hosts={IDS["tokyo"]: 1}, reason="r", current=None, excluded={})
-        )
+        await loop._plan(PlanWanted(request_id=1, hosts={IDS["tokyo"]: 1}, reason="r", excluded={}))
     assert loop.blocked is not None
     assert loop.blocked.code == "planning_failed"
     assert "float division by zero" in loop.blocked.message

@@ -26,7 +26,6 @@ def record(node: str, *linked: str, made_at_unix_s: float = NOW_S, dialable: boo
         site="s",
         peer_address=f"10.0.0.{ord(node[0])}:7701",
         dht_maddrs=(),
-        http_url=None,
         hexmesh_version="0",
         protocol_version=1,
         model_id="m",

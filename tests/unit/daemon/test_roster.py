@@ -43,7 +43,6 @@ def record(
         site="s",
         peer_address="127.0.0.1:1",
         dht_maddrs=(),
-        http_url=None,
         hexmesh_version="0",
         protocol_version=1,
         model_id="m",

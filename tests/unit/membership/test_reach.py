@@ -121,7 +121,6 @@ def record(node: str, *linked: str, dialable: bool = False, has_devices: bool = 
         site="s",
         peer_address="10.0.0.1:7701",
         dht_maddrs=(),
-        http_url=None,
         hexmesh_version="0",
         protocol_version=1,
         model_id="m",
