@@ -94,15 +94,6 @@ def bound_address(listener: socket.socket) -> Address:
     return Address(host, port)
 
 
-def free_port(host: str = LOOPBACK) -> int:
-    """A TCP port that nobody listens on just now, for programs that cannot take a bound socket."""
-    listener = listen_tcp(host, 0, flag="")
-    try:
-        return bound_address(listener).port
-    finally:
-        listener.close()
-
-
 def _bind_failure(error: OSError, host: str, port: int, flag: str) -> HexmeshError:
     if error.errno == errno.EADDRINUSE:
         return PortInUse(

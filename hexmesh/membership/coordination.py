@@ -104,7 +104,6 @@ class Coordination:
         self.boot = boot
         self.rank = rank
         self._timers = timers
-        self._rng = rng
         self._outbox: list[Output] = []
         self._peers = Peers(node, boot, timers.hear_s)
         self._notary = Notary(sign, verify)

@@ -289,7 +289,7 @@ async def test_a_stranger_may_only_join(pair: tuple[Member, Member], has_said: s
     a, b = pair
     async with network_of(a), dialled(a.port, stranger_context(a.local.tls.root_der)) as raw:
         if has_said == "member message":
-            raw.write(b"".join(codec.DATA.frame(note("let me in"))))  # type: ignore[arg-type]
+            raw.write(b"".join(codec.MEMBER.frame(note("let me in"))))  # type: ignore[arg-type]
         elif has_said == "greeting":
             raw.say(b.local.hello("control"))
         else:
@@ -557,7 +557,7 @@ async def test_what_is_decrypted_already_is_not_left_lying(
     """A record that ends one frame and holds another takes two turns; no selector tells of the second."""
     monkeypatch.setattr(connection, "_READ_TURN_BYTES", 1)
     a, b = pair
-    stream = b"".join(bytes(part) for text in ("one", "two") for part in codec.DATA.frame(note(text)))
+    stream = b"".join(bytes(part) for text in ("one", "two") for part in codec.MEMBER.frame(note(text)))
     async with network_of(a), dialled(a.port, client_context(b.local.tls)) as raw:
         raw.say(b.local.hello("control"))
         assert isinstance(await raw.hear_one(), PeerHello)

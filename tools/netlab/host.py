@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,6 @@ class Host:
         *,
         stdout: IO[bytes] | int = subprocess.DEVNULL,
         stderr: IO[bytes] | int = subprocess.DEVNULL,
-        environ: Mapping[str, str] | None = None,
     ) -> subprocess.Popen[bytes]:
         """Start a command here, in a process group of its own; it ends with the lab."""
         process = subprocess.Popen(
@@ -49,7 +48,6 @@ class Host:
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
-            env=None if environ is None else dict(environ),
             start_new_session=True,
         )
         self.processes.append(process)
@@ -65,16 +63,12 @@ class Host:
         with ThreadPoolExecutor(1, thread_name_prefix=self.name) as pool:
             return pool.submit(enter_and_call).result()
 
-    def connect(
-        self, address: str, port: int, *, timeout_s: float = CONNECT_TIMEOUT_S, congestion: str | None = None
-    ) -> socket.socket:
-        """A TCP connection from this host, made with `congestion` control where given."""
+    def connect(self, address: str, port: int, *, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
+        """A TCP connection from this host."""
 
         def dial() -> socket.socket:
             connection = socket.socket()
             try:
-                if congestion is not None:
-                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
                 connection.settimeout(timeout_s)
                 connection.connect((address, port))
             except BaseException:
