@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from prometheus_client import CollectorRegistry
 
+from daemon.link_views import link_views
 from daemon.peering.links import LinkMonitor
 from daemon.trust.desk import TrustDesk
 from daemon.trust.state import Membership
@@ -119,22 +120,7 @@ class BootstrapService:
         ]
 
     def links(self) -> list[LinkView]:
-        now_unix_s = time.time()
-        return [
-            LinkView(
-                src=facts.link.src,
-                dst=facts.link.dst,
-                rtt_p50_s=facts.link.rtt_p50_s,
-                rtt_p95_s=facts.link.rtt_p95_s,
-                bytes_per_s=facts.link.bytes_per_s,
-                lower_bound=facts.link.lower_bound,
-                age_s=max(0.0, now_unix_s - facts.measured_at_unix_s),
-                relayed=facts.relayed,
-                in_use=False,
-            )
-            for record in self._directory.records()
-            for facts in record.links
-        ]
+        return link_views(self._directory, in_use=frozenset())
 
     def topology(self) -> TopologyView:
         return TopologyView(

@@ -14,7 +14,6 @@ import logging
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -22,6 +21,7 @@ from typing import NoReturn
 
 import msgspec
 
+from daemon.announcing import up_line
 from daemon.compute.devices import MeasurementCache
 from daemon.compute.host_devices import HostDevices
 from daemon.compute.workers import Workshop
@@ -81,8 +81,6 @@ from hexmesh.workload import Workload
 log = logging.getLogger("hexmesh.node")
 progress = logging.getLogger("hexmesh.progress")
 
-FIRST_TOKEN_USES = 16
-FIRST_TOKEN_TTL_S = 3600.0
 STEPS_PAUSE_S = 0.5
 """Without a step of a request for so long, sending weights may take the whole link."""
 
@@ -432,24 +430,16 @@ class Node:
         write_run(options.state_dir, Run(os.getpid(), http.url))
         stack.callback(remove_run, options.state_dir, os.getpid())
         self._remember_ports(http.port)
-        issued = None
-        if self._trust.admission.may_admit:
-            issued = self._trust.admission.create_token(ttl_s=FIRST_TOKEN_TTL_S, uses=FIRST_TOKEN_USES)
         progress.info("serving HTTP at %s", http.url, extra={"event": "up"})
         if member.address.is_loopback:
             progress.info("only this machine can join; use --listen")
-        if (
-            issued is not None and sys.stderr.isatty()
-        ):  # a secret: for the person who looks, not for a log file
-            progress.info("others join with:  %s", issued.join_command)
         on_up(
-            UpLine(
+            up_line(
                 node_id=member.node_id,
                 name=options.name,
                 http_url=http.url,
-                peer_addr=str(member.address),
-                join_command=issued.join_command if issued is not None else None,
-                token_expires_s=issued.expires_s if issued is not None else None,
+                address=member.address,
+                admission=self._trust.admission,
             )
         )
 

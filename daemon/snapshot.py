@@ -13,6 +13,7 @@ import msgspec
 from daemon.coordinator import CoordinationLoop
 from daemon.epochs import Epochs, HeldEpoch
 from daemon.gateway import Flight, Gateway, Route
+from daemon.link_views import link_views
 from daemon.models.node_weights import NodeWeights
 from daemon.models.weight_fetch import FetchProgress
 from daemon.peering.links import LinkMonitor
@@ -247,23 +248,7 @@ class MeshState:
         return views
 
     def link_views(self) -> list[LinkView]:
-        used = self._links_in_use()
-        now_unix_s = time.time()
-        return [
-            LinkView(
-                src=facts.link.src,
-                dst=facts.link.dst,
-                rtt_p50_s=facts.link.rtt_p50_s,
-                rtt_p95_s=facts.link.rtt_p95_s,
-                bytes_per_s=facts.link.bytes_per_s,
-                lower_bound=facts.link.lower_bound,
-                age_s=max(0.0, now_unix_s - facts.measured_at_unix_s),
-                relayed=facts.relayed,
-                in_use=(facts.link.src, facts.link.dst) in used,
-            )
-            for record in self.directory.records()
-            for facts in record.links
-        ]
+        return link_views(self.directory, self._links_in_use())
 
     def topology(self) -> TopologyView:
         plan, machine = self.plan_now(), self.coordination.machine
