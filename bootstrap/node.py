@@ -225,6 +225,7 @@ class BootstrapNode:
             membership=member.membership,
             directory=self._roster.directory,
             links=self._links,
+            reach=self._network.reach,
             is_up=self._is_up,
             trust=self._trust,
             registry=relay_registry(self._relay),

@@ -71,8 +71,8 @@ class Reporter:
 
     def node_lost(self, node: str, reason: str) -> None:
         """A host is gone: replicas over it break, requests over it are replayed."""
-        self._state.epochs.node_lost(node, f"{self._state.name_of(node)}: {reason}")
-        self._state.gateway.node_lost(node, f"{self._state.name_of(node)}: {reason}")
+        self._state.epochs.node_lost(node, f"{self._state.directory.name_of(node)}: {reason}")
+        self._state.gateway.node_lost(node, f"{self._state.directory.name_of(node)}: {reason}")
 
     def _tell_stats(self) -> None:
         plan = self._state.plan_now()

@@ -18,7 +18,7 @@ from daemon.models.node_weights import NodeWeights
 from daemon.models.weight_fetch import FetchProgress
 from daemon.peering.links import LinkMonitor
 from daemon.peering.peer_events import PeerInfo
-from daemon.reachability import find_apart, is_relay
+from daemon.reachability import find_apart, is_relay, undialable_by
 from daemon.trust.desk import TrustDesk
 from daemon.views import (
     AvailabilityView,
@@ -43,7 +43,6 @@ from daemon.views import (
     UnusedView,
     WeightsView,
 )
-from hexmesh.ids import short
 from hexmesh.membership.members import MemberView as CoordinationMember
 from hexmesh.membership.reach import OwnReach
 from hexmesh.membership.records import Directory, NodeRecord
@@ -174,12 +173,16 @@ class MeshState:
         plan = self.plan_now()
         if plan is None:
             holder = self.coordination.machine.coordinator
-            who = f"{self.name_of(holder)} coordinates" if holder is not None else "no coordinator yet"
+            who = (
+                f"{self.directory.name_of(holder)} coordinates"
+                if holder is not None
+                else "no coordinator yet"
+            )
             return _not_ready(
                 "no_plan", f"no plan is committed here yet; {who}", "wait: hexmesh wait --ready"
             )
         lost = {node for replica in plan.replicas for node in broken_stages(replica, self.lost_nodes())}
-        names = ", ".join(sorted(self.name_of(node) for node in lost)) or "a stage"
+        names = ", ".join(sorted(self.directory.name_of(node) for node in lost)) or "a stage"
         return _not_ready(
             "stage_lost", f"{names} cannot be reached; the mesh plans again", "retry in a few seconds"
         )
@@ -188,11 +191,6 @@ class MeshState:
 
     def plan_now(self) -> Plan | None:
         return self.epochs.committed.plan if self.epochs.committed is not None else None
-
-    def name_of(self, node: str) -> str:
-        """The node's name, else the first digits of its id."""
-        record = self.directory.record(node)
-        return record.name if record is not None else short(node)
 
     # --- the read verbs ---
 
@@ -218,9 +216,7 @@ class MeshState:
             weights=_weights_view(self.weights.progress) if self.weights.progress is not None else None,
             certificate=self.trust.certificate(),
             dialable=self.reach.is_dialable,
-            undialable_by=[
-                f"{self.name_of(node)} ({reason})" for node, reason in sorted(self.reach.missed_by.items())
-            ],
+            undialable_by=undialable_by(self.reach, self.directory),
         )
 
     def members(self) -> list[MemberView]:

@@ -203,6 +203,11 @@ class Directory:
         known = self._known.get(node)
         return known.record if known is not None else None
 
+    def name_of(self, node: str) -> str:
+        """The node's name, else the first digits of its id."""
+        record = self.record(node)
+        return record.name if record is not None else short(node)
+
     def records(self) -> tuple[NodeRecord, ...]:
         """Every record, by node id."""
         return tuple(self._known[node].record for node in sorted(self._known))

@@ -130,6 +130,7 @@ async def test_it_joins_tells_its_role_and_comes_back_without_a_token(tmp_path: 
             assert b"hexmesh_relay_circuits 0.0" in metrics
             assert b"hexmesh_relay_bytes_total 0.0" in metrics
             assert (members["rendezvous"]["state"], members["rendezvous"]["roles"]) == ("alive", ["relay"])
+            assert members["rendezvous"]["certificate"] == "valid"
             for path in (
                 "/admin/status",
                 "/admin/topology",
