@@ -16,28 +16,14 @@ from daemon.snapshot import MeshState
 from hexmesh.cluster import Device, Link
 from hexmesh.membership.records import DeviceFacts, LinkFacts, NodeRecord
 from hexmesh.weights.manifest import TensorEntry, make_manifest
+from tests.node_records import node_record
 
 MIB = 2**20
 
 
 def record(node: str, *, rate_to_me: float | None = None, has_all: bool = True) -> NodeRecord:
     links = () if rate_to_me is None else (LinkFacts(link=link(node, rate_to_me), measured_at_unix_s=0.0),)
-    return NodeRecord(
-        mesh_id="m",
-        node=node,
-        boot=1,
-        sequence=1,
-        made_at_unix_s=0.0,
-        name=f"name of {node}",
-        site="s",
-        peer_address="127.0.0.1:1",
-        dht_maddrs=(),
-        hexmesh_version="0",
-        protocol_version=1,
-        model_id="m",
-        has_all_weights=has_all,
-        links=links,
-    )
+    return node_record(node, name=f"name of {node}", has_all_weights=has_all, links=links)
 
 
 def link(src: str, rate: float) -> Link:

@@ -10,8 +10,9 @@ import pytest
 from daemon import orders
 from daemon.orders import NodeOrders
 from hexmesh.errors import Lost, NoRoom, TimedOut
-from hexmesh.membership.records import Directory, KnownRecord, NodeRecord
+from hexmesh.membership.records import Directory, KnownRecord
 from hexmesh.wire.orders import NodeOrder, NodeReply, NodeStanding, OrderAction
+from tests.node_records import node_record
 
 TOKYO, OSAKA = "a" * 40, "b" * 40
 
@@ -19,20 +20,7 @@ TOKYO, OSAKA = "a" * 40, "b" * 40
 def directory_of(**nodes: str) -> Directory:
     directory = Directory()
     for name, node in nodes.items():
-        record = NodeRecord(
-            mesh_id="m",
-            node=node,
-            boot=1,
-            sequence=1,
-            made_at_unix_s=0.0,
-            name=name,
-            site="s",
-            peer_address="127.0.0.1:1",
-            dht_maddrs=(),
-            hexmesh_version="0",
-            protocol_version=1,
-            model_id="m",
-        )
+        record = node_record(node, name=name)
         directory.merge(KnownRecord(record=record, key_hash=b"", expires_at_unix_s=1e10, signed=b""))
     return directory
 

@@ -16,11 +16,12 @@ from daemon.planning import MeshPlanner, NoPlan, PlannedModel
 from hexmesh.cluster import Availability, Device, Link
 from hexmesh.membership.coordination import Coordination
 from hexmesh.membership.outputs import PlanEnvelope, PlanWanted
-from hexmesh.membership.records import DeviceFacts, Directory, KnownRecord, LinkFacts, NodeRecord
+from hexmesh.membership.records import DeviceFacts, Directory, KnownRecord, LinkFacts
 from hexmesh.membership.timers import Timers
 from hexmesh.model_spec import model_spec_from_config
 from hexmesh.plan import Plan, decode_plan, digest_of
 from hexmesh.workload import Workload
+from tests.node_records import node_record
 
 MIB = 2**20
 IDS = {"tokyo": "a" * 40, "osaka": "b" * 40}
@@ -59,22 +60,8 @@ def record(
         )
         for to in links_to
     )
-    body = NodeRecord(
-        mesh_id="m",
-        node=IDS[name],
-        boot=1,
-        sequence=sequence,
-        made_at_unix_s=0.0,
-        name=name,
-        site="s",
-        peer_address="127.0.0.1:1",
-        dht_maddrs=(),
-        hexmesh_version="0",
-        protocol_version=1,
-        model_id="m",
-        devices=(facts,),
-        links=links,
-        availability=availability,
+    body = node_record(
+        IDS[name], sequence=sequence, name=name, devices=(facts,), links=links, availability=availability
     )
     return KnownRecord(record=body, key_hash=b"", expires_at_unix_s=1e10, signed=b"")
 
