@@ -1,8 +1,9 @@
-"""Drives one replica in one epoch: forms batches, sends steps down the stages, hands tokens to the gateways.
+"""Drives one replica: forms batches, sends steps down the stages, hands tokens to the gateways.
 
-Runs on the first stage's node. One step is in flight at a time, and every sequence that can run is in it. When
-a stage refuses, vanishes, hangs or stays silent the replica is broken for this epoch: every sequence it held is handed
-back to its gateway, which replays it in the next epoch.
+Runs on the first stage's node, and goes on in each next epoch that leaves the replica as it is. One step is in
+flight at a time, and every sequence that can run is in it. When a stage refuses, vanishes, hangs or stays silent the
+replica is broken for good: every sequence it held is handed back to its gateway, which replays it on another one, or
+in the next plan.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class StepTrace:
 
 
 class ReplicaDriver:
-    """Owns the batcher of one (epoch, replica); `run` is its only loop."""
+    """Owns the batcher of one replica; `run` is its only loop."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What this node knows, as the read verbs show it: the one place that turns state into views."""
+"""What this node knows, as the read verbs show it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a daemon listens and where peers dial: host:port in text and out, free ports, ports in use."""
+"""Where a daemon listens and where peers dial: host:port in text and out, ports in use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Meshes and members for tests that use real sockets on loopback."""
+"""Members of meshes, and clients that are none, for tests that use real sockets on loopback."""
 
 from __future__ import annotations
 
