@@ -320,8 +320,7 @@ class BootstrapNode:
         self._publisher.touch()
 
     def _is_up(self, node: str) -> bool:
-        peer = self._network.peer(NodeId(node))
-        return peer is not None and peer.is_up
+        return self._network.is_up(NodeId(node))
 
     def _tell(self, node: NodeId, message: msgspec.Struct) -> None:
         self._network.send(node, message)

@@ -162,7 +162,7 @@ class ReplicaDriver:
             return
         if (fault := self._result_fault(result)) is not None:
             last = self.replica.stages[-1].node
-            self._break(f"the last stage on {last[:8]} answered nonsense: {fault}")
+            self._break(f"the last stage on {short(last)} answered nonsense: {fault}")
         else:
             self._answer.set_result(result)
 

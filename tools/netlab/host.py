@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from tools.netlab.tun import enter_namespace
 
@@ -35,19 +35,13 @@ class Host:
         """What runs a command on this host; the process that it starts becomes the command."""
         return ("ip", "netns", "exec", self.namespace.name)
 
-    def popen(
-        self,
-        command: Sequence[str],
-        *,
-        stdout: IO[bytes] | int = subprocess.DEVNULL,
-        stderr: IO[bytes] | int = subprocess.DEVNULL,
-    ) -> subprocess.Popen[bytes]:
-        """Start a command here, in a process group of its own; it ends with the lab."""
+    def popen(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a command here, in a process group of its own, silently; it ends with the lab."""
         process = subprocess.Popen(
             [*self.program, *command],
             stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         self.processes.append(process)
