@@ -35,6 +35,8 @@ from daemon.dispatch import PEER_MESSAGES, Dispatcher
 from daemon.epochs import Epochs
 from daemon.gateway import Gateway
 from daemon.leaving import drain
+from daemon.mesh_state import MeshState
+from daemon.mesh_views import MeshViews
 from daemon.models.node_weights import NodeWeights
 from daemon.models.weight_cache import cache_of
 from daemon.models.weight_peers import weight_peers
@@ -48,7 +50,6 @@ from daemon.planning import MeshPlanner, PlannedModel
 from daemon.reporting import Reporter
 from daemon.runfile import Run, remove_run, write_run
 from daemon.service_group import ServiceGroup
-from daemon.snapshot import MeshState
 from daemon.stages import ModelFiles, StageHost
 from daemon.trust.cached_peers import KEEP_MEMBERS_S, member_addresses
 from daemon.trust.desk import TrustDesk
@@ -350,22 +351,25 @@ class Node:
         self._state = MeshState(
             node_id=member.node_id,
             name=self._options.name,
-            mesh_id=member.membership.mesh_id,
-            model_name=member.model.name,
-            dtype=member.membership.dtype,
             directory=self._roster.directory,
             coordination=self._coordination,
             epochs=self._epochs,
             gateway=self._gateway,
-            links=self._links,
             weights=self._weights,
-            trust=self._trust,
             stats=stats,
             loop_time=self._loop.time,
             rng=self._rng,
             peer_of=lambda node: self._network.peer(NodeId(node)),
-            reach=self._network.reach,
             starting="this node starts its workers and measures its devices",
+        )
+        self._views = MeshViews(
+            state=self._state,
+            mesh_id=member.membership.mesh_id,
+            model_name=member.model.name,
+            dtype=member.membership.dtype,
+            links=self._links,
+            trust=self._trust,
+            reach=self._network.reach,
         )
         self._upkeep = Upkeep(
             kept=member.state.availability(),
@@ -390,7 +394,11 @@ class Node:
             stats=stats,
         )
         self._reporter = Reporter(
-            courier=self, state=self._state, telemetry=self._telemetry, dispatcher=self._dispatcher
+            courier=self,
+            state=self._state,
+            views=self._views,
+            telemetry=self._telemetry,
+            dispatcher=self._dispatcher,
         )
 
     def _make_http(self) -> HttpSurface:
@@ -407,6 +415,7 @@ class Node:
                 bos_token_id=model.spec.bos_token_id,
             ),
             state=self._state,
+            views=self._views,
             weights=self._weights,
             gateway=self._gateway,
             trust=self._trust,

@@ -7,12 +7,12 @@ from typing import Any, cast
 
 import pytest
 
+from daemon.mesh_state import MeshState
 from daemon.models.inspection import layers_of
 from daemon.models.node_weights import HeldModel, NodeWeights
 from daemon.models.weight_cache import DEFAULT_SHARE, WeightCache
 from daemon.models.weight_fetch import FetchProgress
 from daemon.models.weight_peers import weight_peers
-from daemon.snapshot import MeshState
 from hexmesh.cluster import Device, Link
 from hexmesh.membership.records import DeviceFacts, LinkFacts, NodeRecord
 from hexmesh.weights.manifest import TensorEntry, make_manifest
