@@ -412,7 +412,6 @@ class Node:
                 max_model_tokens=model.spec.max_position_tokens,
                 vocab_size=model.spec.vocab_size,
                 eos_token_ids=model.spec.eos_token_ids,
-                bos_token_id=model.spec.bos_token_id,
             ),
             state=self._state,
             views=self._views,

@@ -121,7 +121,7 @@ class ReplicaDriver:
         """Everything this replica holds, running first."""
         return self._batcher.sequences()
 
-    def submit(self, gateway: str, message: Generate, now_s: float) -> None:
+    def submit(self, gateway: str, message: Generate) -> None:
         """Take in a gateway's sequence, or tell it why not."""
         if self.broken is not None or self.draining:
             reason = self.broken or "the plan changed"
@@ -130,7 +130,7 @@ class ReplicaDriver:
         self._batcher.cancel(message.sequence)
         try:
             self._check_tokens(message)
-            self._batcher.submit(sequence_of(message, now_s))
+            self._batcher.submit(sequence_of(message))
         except Busy as busy:
             self._fail(gateway, message.sequence, message.attempt, busy.message, retry=True, busy=True)
         except InvalidInput as invalid:

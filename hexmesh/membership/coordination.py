@@ -124,7 +124,6 @@ class Coordination:
         self._tools = Tools(
             node=node,
             boot=boot,
-            rank=rank,
             min_nodes=min_nodes,
             timers=timers,
             host=self._host,
