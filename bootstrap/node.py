@@ -11,7 +11,6 @@ import logging
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -23,6 +22,7 @@ from bootstrap.membership import BootstrapMember, become_bootstrap_member
 from bootstrap.relay import Relay
 from bootstrap.relay_metrics import relay_registry
 from bootstrap.service import BootstrapService
+from daemon.announcing import up_line
 from daemon.config import JoinOptions
 from daemon.courier import Channel, Payload
 from daemon.discovery.dht import DhtOptions, MeshDht
@@ -62,9 +62,6 @@ from hexmesh.wire.trust import (
 )
 
 progress = logging.getLogger("hexmesh.progress")
-
-FIRST_TOKEN_USES = 16
-FIRST_TOKEN_TTL_S = 3600.0
 
 _READ: Codec[msgspec.Struct] = Codec(FACTS_MESSAGE | REACH_MESSAGE | TRUST_MESSAGE, name="peer")
 
@@ -228,6 +225,7 @@ class BootstrapNode:
             membership=member.membership,
             directory=self._roster.directory,
             links=self._links,
+            reach=self._network.reach,
             is_up=self._is_up,
             trust=self._trust,
             registry=relay_registry(self._relay),
@@ -246,24 +244,16 @@ class BootstrapNode:
         options, member = self._options, self._member
         write_run(options.state_dir, Run(os.getpid(), http.url))
         stack.callback(remove_run, options.state_dir, os.getpid())
-        issued = None
-        if self._trust.admission.may_admit:
-            issued = self._trust.admission.create_token(ttl_s=FIRST_TOKEN_TTL_S, uses=FIRST_TOKEN_USES)
         progress.info("relaying at %s", member.address, extra={"event": "up"})
         if member.address.is_loopback:
             progress.info("only this machine reaches this node; use --listen")
-        if (
-            issued is not None and sys.stderr.isatty()
-        ):  # a secret: for the person who looks, not for a log file
-            progress.info("others join with:  %s", issued.join_command)
         on_up(
-            UpLine(
+            up_line(
                 node_id=member.node_id,
                 name=options.name,
                 http_url=http.url,
-                peer_addr=str(member.address),
-                join_command=issued.join_command if issued is not None else None,
-                token_expires_s=issued.expires_s if issued is not None else None,
+                address=member.address,
+                admission=self._trust.admission,
             )
         )
 
@@ -330,8 +320,7 @@ class BootstrapNode:
         self._publisher.touch()
 
     def _is_up(self, node: str) -> bool:
-        peer = self._network.peer(NodeId(node))
-        return peer is not None and peer.is_up
+        return self._network.is_up(NodeId(node))
 
     def _tell(self, node: NodeId, message: msgspec.Struct) -> None:
         self._network.send(node, message)
@@ -350,7 +339,6 @@ class BootstrapNode:
             site=options.site,
             peer_address=str(member.address),
             dht_maddrs=self._dht.maddrs,
-            http_url=None,
             hexmesh_version=__version__,
             protocol_version=PROTOCOL_VERSION,
             model_id=member.membership.model.model_id,

@@ -15,7 +15,7 @@ from typing import NoReturn
 import msgspec
 
 from daemon.peering.incoming import Incoming
-from daemon.peering.splice import IDLE_S, Splice
+from daemon.peering.splice import Splice
 from hexmesh.errors import InvalidInput, Refused
 from hexmesh.ids import NodeId, short
 from hexmesh.membership.circuits import CircuitBook, Offer
@@ -40,12 +40,10 @@ class Relay:
         send: Callable[[NodeId, msgspec.Struct], None],
         rng: random.Random,
         book: CircuitBook | None = None,
-        idle_s: float = IDLE_S,
     ) -> None:
         self._is_connected = is_connected
         self._send = send
         self._book = book if book is not None else CircuitBook(rng)
-        self._idle_s = idle_s
         self._openers: dict[bytes, Incoming] = {}
         self._splices: dict[bytes, Splice] = {}
         self._loop = asyncio.get_running_loop()
@@ -133,6 +131,5 @@ class Relay:
             note_end,
             to_one=_READY + from_other,
             to_other=_READY + from_one,
-            idle_s=self._idle_s,
         )
         log.debug("circuit joined src=%s dst=%s", short(NodeId(offer.src)), short(NodeId(offer.dst)))

@@ -8,7 +8,9 @@ from collections.abc import AsyncGenerator, Callable
 
 from prometheus_client import CollectorRegistry
 
+from daemon.link_views import link_views
 from daemon.peering.links import LinkMonitor
+from daemon.reachability import undialable_by
 from daemon.trust.desk import TrustDesk
 from daemon.trust.state import Membership
 from daemon.views import (
@@ -30,6 +32,7 @@ from daemon.views import (
 )
 from daemon.web.service import GenerationPart, GenerationRequest, ServedModel
 from hexmesh.errors import NotReady
+from hexmesh.membership.reach import OwnReach
 from hexmesh.membership.records import Directory, NodeRecord
 from hexmesh.wire.orders import NodeStanding, OrderAction
 
@@ -52,6 +55,7 @@ class BootstrapService:
         membership: Membership,
         directory: Directory,
         links: LinkMonitor,
+        reach: OwnReach,
         is_up: Callable[[str], bool],
         trust: TrustDesk,
         registry: CollectorRegistry,
@@ -62,6 +66,7 @@ class BootstrapService:
         self._membership = membership
         self._directory = directory
         self._links = links
+        self._reach = reach
         self._is_up = is_up
         self._trust = trust
         self._registry = registry
@@ -99,6 +104,8 @@ class BootstrapService:
             requests_waiting=0,
             kv_blocks=_NO_KV,
             certificate=self._trust.certificate(),
+            dialable=self._reach.is_dialable,
+            undialable_by=undialable_by(self._reach, self._directory),
         )
 
     def members(self) -> list[MemberView]:
@@ -111,30 +118,17 @@ class BootstrapService:
                 site=record.site,
                 state=self._state_of(record),
                 roles=[*record.roles, *(["issuer"] if self._trust.is_issuer(record.node) else [])],
+                availability=record.availability,
                 version=record.hexmesh_version,
                 age_s=max(0.0, now_unix_s - record.made_at_unix_s),
                 rtt_s=self._links.rtt_s(record.node),
+                certificate=self._trust.certificate_state(record.node),
             )
             for record in self._directory.records()
         ]
 
     def links(self) -> list[LinkView]:
-        now_unix_s = time.time()
-        return [
-            LinkView(
-                src=facts.link.src,
-                dst=facts.link.dst,
-                rtt_p50_s=facts.link.rtt_p50_s,
-                rtt_p95_s=facts.link.rtt_p95_s,
-                bytes_per_s=facts.link.bytes_per_s,
-                lower_bound=facts.link.lower_bound,
-                age_s=max(0.0, now_unix_s - facts.measured_at_unix_s),
-                relayed=facts.relayed,
-                in_use=False,
-            )
-            for record in self._directory.records()
-            for facts in record.links
-        ]
+        return link_views(self._directory, in_use=frozenset())
 
     def topology(self) -> TopologyView:
         return TopologyView(
@@ -152,6 +146,7 @@ class BootstrapService:
                     name=member.name,
                     site=member.site,
                     state=member.state,
+                    availability=member.availability,
                     capabilities=[],
                     devices=[],
                 )

@@ -176,7 +176,7 @@ class CoordinationLoop:
         return self.machine.hears(node, self._loop.time())
 
     def learn_cert(self, cert: Cert) -> None:
-        """A certificate that came with a refusal."""
+        """A certificate that came with a step or a refusal."""
         self._feed(self.machine.learn_cert(cert, self._loop.time()))
 
     def note_blocked(self, notice: PlanBlocked) -> None:

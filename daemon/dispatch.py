@@ -195,7 +195,7 @@ class Dispatcher:
     def _on_generate(self, src: str, message: Generate) -> None:
         driver = self.epochs.driver(message.epoch, message.replica)
         if driver is not None and self.coordination.admits_new(driver.epoch):
-            driver.submit(src, message, time.monotonic())
+            driver.submit(src, message)
             return
         failed = GenerateFailed(
             sequence=message.sequence,

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 
-from daemon.snapshot import MeshState
+from daemon.mesh_state import MeshState
 from daemon.upkeep import Upkeep
 
 progress = logging.getLogger("hexmesh.progress")

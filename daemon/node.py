@@ -14,7 +14,6 @@ import logging
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -22,6 +21,7 @@ from typing import NoReturn
 
 import msgspec
 
+from daemon.announcing import up_line
 from daemon.compute.devices import MeasurementCache
 from daemon.compute.host_devices import HostDevices
 from daemon.compute.workers import Workshop
@@ -35,6 +35,8 @@ from daemon.dispatch import PEER_MESSAGES, Dispatcher
 from daemon.epochs import Epochs
 from daemon.gateway import Gateway
 from daemon.leaving import drain
+from daemon.mesh_state import MeshState
+from daemon.mesh_views import MeshViews
 from daemon.models.node_weights import NodeWeights
 from daemon.models.weight_cache import cache_of
 from daemon.models.weight_peers import weight_peers
@@ -48,7 +50,6 @@ from daemon.planning import MeshPlanner, PlannedModel
 from daemon.reporting import Reporter
 from daemon.runfile import Run, remove_run, write_run
 from daemon.service_group import ServiceGroup
-from daemon.snapshot import MeshState
 from daemon.stages import ModelFiles, StageHost
 from daemon.trust.cached_peers import KEEP_MEMBERS_S, member_addresses
 from daemon.trust.desk import TrustDesk
@@ -81,8 +82,6 @@ from hexmesh.workload import Workload
 log = logging.getLogger("hexmesh.node")
 progress = logging.getLogger("hexmesh.progress")
 
-FIRST_TOKEN_USES = 16
-FIRST_TOKEN_TTL_S = 3600.0
 STEPS_PAUSE_S = 0.5
 """Without a step of a request for so long, sending weights may take the whole link."""
 
@@ -352,22 +351,25 @@ class Node:
         self._state = MeshState(
             node_id=member.node_id,
             name=self._options.name,
-            mesh_id=member.membership.mesh_id,
-            model_name=member.model.name,
-            dtype=member.membership.dtype,
             directory=self._roster.directory,
             coordination=self._coordination,
             epochs=self._epochs,
             gateway=self._gateway,
-            links=self._links,
             weights=self._weights,
-            trust=self._trust,
             stats=stats,
             loop_time=self._loop.time,
             rng=self._rng,
             peer_of=lambda node: self._network.peer(NodeId(node)),
-            reach=self._network.reach,
             starting="this node starts its workers and measures its devices",
+        )
+        self._views = MeshViews(
+            state=self._state,
+            mesh_id=member.membership.mesh_id,
+            model_name=member.model.name,
+            dtype=member.membership.dtype,
+            links=self._links,
+            trust=self._trust,
+            reach=self._network.reach,
         )
         self._upkeep = Upkeep(
             kept=member.state.availability(),
@@ -392,7 +394,11 @@ class Node:
             stats=stats,
         )
         self._reporter = Reporter(
-            courier=self, state=self._state, telemetry=self._telemetry, dispatcher=self._dispatcher
+            courier=self,
+            state=self._state,
+            views=self._views,
+            telemetry=self._telemetry,
+            dispatcher=self._dispatcher,
         )
 
     def _make_http(self) -> HttpSurface:
@@ -406,9 +412,9 @@ class Node:
                 max_model_tokens=model.spec.max_position_tokens,
                 vocab_size=model.spec.vocab_size,
                 eos_token_ids=model.spec.eos_token_ids,
-                bos_token_id=model.spec.bos_token_id,
             ),
             state=self._state,
+            views=self._views,
             weights=self._weights,
             gateway=self._gateway,
             trust=self._trust,
@@ -432,24 +438,16 @@ class Node:
         write_run(options.state_dir, Run(os.getpid(), http.url))
         stack.callback(remove_run, options.state_dir, os.getpid())
         self._remember_ports(http.port)
-        issued = None
-        if self._trust.admission.may_admit:
-            issued = self._trust.admission.create_token(ttl_s=FIRST_TOKEN_TTL_S, uses=FIRST_TOKEN_USES)
         progress.info("serving HTTP at %s", http.url, extra={"event": "up"})
         if member.address.is_loopback:
             progress.info("only this machine can join; use --listen")
-        if (
-            issued is not None and sys.stderr.isatty()
-        ):  # a secret: for the person who looks, not for a log file
-            progress.info("others join with:  %s", issued.join_command)
         on_up(
-            UpLine(
+            up_line(
                 node_id=member.node_id,
                 name=options.name,
                 http_url=http.url,
-                peer_addr=str(member.address),
-                join_command=issued.join_command if issued is not None else None,
-                token_expires_s=issued.expires_s if issued is not None else None,
+                address=member.address,
+                admission=self._trust.admission,
             )
         )
 
@@ -589,7 +587,6 @@ class Node:
             site=options.site,
             peer_address=str(member.address),
             dht_maddrs=self._dht.maddrs if self._network.reach.is_dialable else (),
-            http_url=None,
             hexmesh_version=__version__,
             protocol_version=PROTOCOL_VERSION,
             model_id=member.model.id,

@@ -8,9 +8,9 @@ import logging
 from dataclasses import dataclass, field
 
 from daemon.courier import Courier
+from daemon.naming import find_node
 from daemon.upkeep import Upkeep
-from hexmesh.errors import HexmeshError, InvalidInput, Lost, NoRoom, Refused, TimedOut
-from hexmesh.ids import short
+from hexmesh.errors import HexmeshError, Lost, NoRoom, Refused, TimedOut
 from hexmesh.membership.records import Directory, NodeRecord
 from hexmesh.wire.orders import NodeOrder, NodeReply, NodeStanding, OrderAction, OrderFailure
 
@@ -18,7 +18,6 @@ log = logging.getLogger("hexmesh.orders")
 
 ANSWER_S = 20.0
 """How long a node may take to answer: a drain looks for other room first."""
-LEAST_ID_DIGITS = 4
 
 
 @dataclass(slots=True)
@@ -37,7 +36,8 @@ class NodeOrders:
 
         Raises InvalidInput, NoRoom, Refused, Lost or TimedOut.
         """
-        record = find_node(self.directory, node)
+        records = {one.node: one for one in self.directory.records()}
+        record = records[find_node({one.node: one.name for one in records.values()}, node)]
         if record.node == self.courier.node_id:
             return await self.upkeep.obey(action, deadline_s)
         return _standing_of(await self._ask(record, action, deadline_s))
@@ -80,24 +80,6 @@ class NodeOrders:
         else:
             reply = NodeReply(order=order.order, standing=standing)
         self.courier.send(src, reply, channel="control")
-
-
-def find_node(directory: Directory, text: str) -> NodeRecord:
-    """The node of that name or id. Raises InvalidInput unless there is exactly one."""
-    records = directory.records()
-    found = [record for record in records if text in (record.node, record.name)]
-    if not found and len(text) >= LEAST_ID_DIGITS:
-        found = [record for record in records if record.node.startswith(text)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        ids = ", ".join(short(record.node) for record in found)
-        raise InvalidInput(
-            f"{len(found)} nodes are called {text}: {ids}", code="ambiguous_node", next_step="give the id"
-        )
-    raise InvalidInput(
-        f"no node is called {text!r}", code="no_such_node", next_step="hexmesh members lists names and ids"
-    )
 
 
 def _as_failure(error: HexmeshError) -> OrderFailure:

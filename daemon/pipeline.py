@@ -1,8 +1,9 @@
-"""Drives one replica in one epoch: forms batches, sends steps down the stages, hands tokens to the gateways.
+"""Drives one replica: forms batches, sends steps down the stages, hands tokens to the gateways.
 
-Runs on the first stage's node. One step is in flight at a time, and every sequence that can run is in it. When
-a stage refuses, vanishes, hangs or stays silent the replica is broken for this epoch: every sequence it held is handed
-back to its gateway, which replays it in the next epoch.
+Runs on the first stage's node, and goes on in each next epoch that leaves the replica as it is. One step is in
+flight at a time, and every sequence that can run is in it. When a stage refuses, vanishes, hangs or stays silent the
+replica is broken for good: every sequence it held is handed back to its gateway, which replays it on another one, or
+in the next plan.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class StepTrace:
 
 
 class ReplicaDriver:
-    """Owns the batcher of one (epoch, replica); `run` is its only loop."""
+    """Owns the batcher of one replica; `run` is its only loop."""
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ class ReplicaDriver:
         """Everything this replica holds, running first."""
         return self._batcher.sequences()
 
-    def submit(self, gateway: str, message: Generate, now_s: float) -> None:
+    def submit(self, gateway: str, message: Generate) -> None:
         """Take in a gateway's sequence, or tell it why not."""
         if self.broken is not None or self.draining:
             reason = self.broken or "the plan changed"
@@ -129,7 +130,7 @@ class ReplicaDriver:
         self._batcher.cancel(message.sequence)
         try:
             self._check_tokens(message)
-            self._batcher.submit(sequence_of(message, now_s))
+            self._batcher.submit(sequence_of(message))
         except Busy as busy:
             self._fail(gateway, message.sequence, message.attempt, busy.message, retry=True, busy=True)
         except InvalidInput as invalid:
@@ -161,7 +162,7 @@ class ReplicaDriver:
             return
         if (fault := self._result_fault(result)) is not None:
             last = self.replica.stages[-1].node
-            self._break(f"the last stage on {last[:8]} answered nonsense: {fault}")
+            self._break(f"the last stage on {short(last)} answered nonsense: {fault}")
         else:
             self._answer.set_result(result)
 

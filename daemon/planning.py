@@ -127,7 +127,7 @@ class MeshPlanner:
         if isinstance(answer, NoFit):
             log.info("no plan fits search_s=%.3f %s", search_s, answer.message)
             self._misfit = _Misfit(word, time.monotonic())
-            return NoPlan(_notice(answer, [self._name_of(node) for node in sorted(barred)]))
+            return NoPlan(_notice(answer, [self._directory.name_of(node) for node in sorted(barred)]))
         self._misfit = None
         log.info("planned search_s=%.3f reason=%s: %s", search_s, reason, _summary(answer, cluster))
         faults = check_plan(answer, cluster, self._model.spec)
@@ -143,10 +143,6 @@ class MeshPlanner:
             idle=plan.idle_hosts(),
             load_estimate_s=load_s,
         )
-
-    def _name_of(self, node: str) -> str:
-        record = self._directory.record(node)
-        return record.name if record is not None else short(node)
 
     def _with_names(self, reason: str) -> str:
         """Node ids in a reason as people know them."""

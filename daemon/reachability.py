@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 from daemon.peering.peer_events import PeerInfo
 from daemon.views import Blocker
-from hexmesh.membership.reach import RELAY_ROLE, unlinked_pairs
+from hexmesh.membership.reach import RELAY_ROLE, OwnReach, unlinked_pairs
 from hexmesh.membership.records import Directory, NodeRecord
 
 CODE = "unreachable_node"
@@ -39,6 +39,11 @@ def find_apart(
             f"{one.name} or {other.name}",
         )
     return None
+
+
+def undialable_by(reach: OwnReach, directory: Directory) -> list[str]:
+    """The members that cannot dial this node, each with its reason, for people."""
+    return [f"{directory.name_of(node)} ({reason})" for node, reason in sorted(reach.missed_by.items())]
 
 
 def is_relay(record: NodeRecord) -> bool:

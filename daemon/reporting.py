@@ -8,7 +8,8 @@ from typing import NoReturn
 
 from daemon.courier import Courier
 from daemon.dispatch import Dispatcher
-from daemon.snapshot import MeshState
+from daemon.mesh_state import MeshState
+from daemon.mesh_views import MeshViews
 from daemon.web.telemetry import Telemetry
 from hexmesh.serving.carry_over import carried_over
 
@@ -38,10 +39,17 @@ class Reporter:
     """Holds no state but which hosts were lost when; everything it tells it reads."""
 
     def __init__(
-        self, *, courier: Courier, state: MeshState, telemetry: Telemetry, dispatcher: Dispatcher
+        self,
+        *,
+        courier: Courier,
+        state: MeshState,
+        views: MeshViews,
+        telemetry: Telemetry,
+        dispatcher: Dispatcher,
     ) -> None:
         self._courier = courier
         self._state = state
+        self._views = views
         self._telemetry = telemetry
         self._dispatcher = dispatcher
 
@@ -71,8 +79,8 @@ class Reporter:
 
     def node_lost(self, node: str, reason: str) -> None:
         """A host is gone: replicas over it break, requests over it are replayed."""
-        self._state.epochs.node_lost(node, f"{self._state.name_of(node)}: {reason}")
-        self._state.gateway.node_lost(node, f"{self._state.name_of(node)}: {reason}")
+        self._state.epochs.node_lost(node, f"{self._state.directory.name_of(node)}: {reason}")
+        self._state.gateway.node_lost(node, f"{self._state.directory.name_of(node)}: {reason}")
 
     def _tell_stats(self) -> None:
         plan = self._state.plan_now()
@@ -86,18 +94,17 @@ class Reporter:
                 self._courier.send(node, stats, channel="control")
 
     def _set_metrics(self) -> None:
-        state, telemetry = self._state, self._telemetry
+        state, views, telemetry = self._state, self._views, self._telemetry
         held = state.epochs.committed
-        status = state.status()
         driven = held.drivers.values() if held is not None else ()
         stats = [driver.stats(time.monotonic()) for driver in driven]
         telemetry.requests_running.set(sum(one.requests_running for one in stats))
         telemetry.requests_waiting.set(sum(one.requests_waiting for one in stats))
         telemetry.plan_epoch.set(held.epoch.n if held is not None else 0)
         telemetry.coordinator_term.set(state.coordination.machine.term)
-        telemetry.set_kv_blocks(status.kv_blocks)
-        telemetry.set_members(state.members())
-        telemetry.set_links(state.link_views(), node=state.node_id)
+        telemetry.set_kv_blocks(views.status().kv_blocks)
+        telemetry.set_members(views.members())
+        telemetry.set_links(views.link_views(), node=state.node_id)
         telemetry.set_stage_busy(self._busy())
 
     def _busy(self) -> dict[tuple[str, int], float]:

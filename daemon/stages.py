@@ -299,7 +299,9 @@ class StageHost:
         to = held.replica.stages[step.stage + 1].node
         self.watch.passed_on(held.name, step, to)
         if not self._courier.send(to, onward, out):
-            self._refuse(step, f"the next stage's node {to[:8]} cannot be reached", None, is_transient=True)
+            self._refuse(
+                step, f"the next stage's node {short(to)} cannot be reached", None, is_transient=True
+            )
 
     def _next_is_silent(self, step: Step, node: str) -> None:
         self._refuse(step, f"the next stage's node {short(node)} is not heard", None)

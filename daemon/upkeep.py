@@ -10,8 +10,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from daemon.mesh_state import MeshState
 from daemon.planning import MeshPlanner
-from daemon.snapshot import MeshState
 from hexmesh.cluster import Availability
 from hexmesh.errors import NoRoom
 from hexmesh.wire.orders import NodeStanding, OrderAction

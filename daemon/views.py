@@ -1,4 +1,4 @@
-"""The JSON of the read verbs: one struct for each object of the contract. SI units; unknown is null."""
+"""The JSON of the read verbs: one struct for each object; scripts rely on their fields. SI units; unknown is null."""
 
 from __future__ import annotations
 

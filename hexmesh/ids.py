@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from typing import NewType
 
 NodeId = NewType("NodeId", str)
@@ -24,6 +25,11 @@ _SHOWN_HEX_DIGITS = 8
 def fingerprint(data: bytes) -> str:
     """The 160-bit hex fingerprint that node and mesh ids are made of."""
     return hashlib.sha256(data).hexdigest()[:_ID_HEX_DIGITS]
+
+
+def is_node_id(text: str) -> bool:
+    """Whether a text is a whole node id."""
+    return re.fullmatch(rf"[0-9a-f]{{{_ID_HEX_DIGITS}}}", text) is not None
 
 
 def short(identifier: str) -> str:

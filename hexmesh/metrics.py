@@ -99,7 +99,7 @@ GENERATION_TOKENS = MetricSpec(
 KV_BLOCKS = MetricSpec(
     name="hexmesh_kv_blocks",
     kind="gauge",
-    help="KV cache blocks of this node's stages by state; their sum is the pool.",
+    help="KV cache blocks of the plan's replicas by state, the same on every node; their sum is the pool.",
     labels=("state",),
 )
 PREFIX_CACHE_HIT_TOKENS = MetricSpec(

@@ -183,7 +183,6 @@ async def measure_devices(
     measure: Measure,
     cache: MeasurementCache,
     now_unix_s: Callable[[], float],
-    patience_s: float = LOCK_PATIENCE_S,
 ) -> tuple[DeviceFacts, ...]:
     """Every device with its measured figures, one benchmark at a time on this host.
 
@@ -194,7 +193,7 @@ async def measure_devices(
     for spec in specs:
         entry = cache.fresh(spec, dtype, now_unix_s())
         if entry is None:
-            async with benchmark_turn(patience_s=patience_s):
+            async with benchmark_turn():
                 measured = await measure(spec)
             entry = MeasuredDevice(measured=_checked(spec, measured), measured_at_unix_s=now_unix_s())
             await asyncio.to_thread(cache.keep, spec, dtype, entry)

@@ -84,12 +84,10 @@ class MeshDht:
         attestor: Attestor,
         *,
         on_record: Callable[[bytes], object],
-        now_unix_s: Callable[[], float] = time.time,
     ) -> None:
         self._options = options
         self._attestor = attestor
         self._on_record = on_record
-        self._now_unix_s = now_unix_s
         self._key = facts_key(attestor.mesh_id)
         self._port = options.port
         self._own_record: bytes | None = None
@@ -193,7 +191,7 @@ class MeshDht:
             try:
                 self._role_changed.clear()
                 node = await module.HivemindNode.open(
-                    p2pd.control_socket, self._attestor, self._now_unix_s, is_client=self._is_client
+                    p2pd.control_socket, self._attestor, time.time, is_client=self._is_client
                 )
                 await self._serve_in_role(p2pd, node)
             except* Lost:

@@ -2,7 +2,7 @@
 
 `import hivemind` brings torch and all of its training code: 1.2 s and 270 MB in every daemon, for a DHT that
 needs neither. Its DHT modules themselves import only light ones, so the packages above them are put in place
-as empty shells with the few names that the DHT modules take from them: 0.15 s and 27 MB. Where hivemind has
+as empty shells with the few names that the DHT modules take from them: 0.15 s and under 30 MB. Where hivemind has
 moved on and that fails, the whole package is imported after all. It can go when hivemind's packages import
 lazily.
 """

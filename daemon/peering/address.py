@@ -1,4 +1,4 @@
-"""Where a daemon listens and where peers dial: host:port in text and out, free ports, ports in use."""
+"""Where a daemon listens and where peers dial: host:port in text and out, ports in use."""
 
 from __future__ import annotations
 
@@ -92,15 +92,6 @@ def bound_address(listener: socket.socket) -> Address:
     """Where a listening socket listens."""
     host, port = listener.getsockname()[:2]
     return Address(host, port)
-
-
-def free_port(host: str = LOOPBACK) -> int:
-    """A TCP port that nobody listens on just now, for programs that cannot take a bound socket."""
-    listener = listen_tcp(host, 0, flag="")
-    try:
-        return bound_address(listener).port
-    finally:
-        listener.close()
 
 
 def _bind_failure(error: OSError, host: str, port: int, flag: str) -> HexmeshError:

@@ -102,7 +102,6 @@ class LinkMonitor:
         now_unix_s: Callable[[], float] = time.time,
         stopwatch: Callable[[], float] | None = None,
         full_after_s: float = FULL_AFTER_S,
-        full_period_s: float = FULL_PERIOD_S,
     ) -> None:
         self._courier = courier
         self._rng = rng
@@ -110,7 +109,6 @@ class LinkMonitor:
         self._now_unix_s = now_unix_s
         self._stopwatch = stopwatch or (lambda: asyncio.get_running_loop().time())
         self._full_after_s = full_after_s
-        self._full_period_s = full_period_s
         self._paths: dict[str, _Path] = {}
         self._watchers: dict[tuple[str, int], asyncio.Task[NoReturn]] = {}
         self._peers_changed = asyncio.Event()
@@ -168,16 +166,6 @@ class LinkMonitor:
         path = self._paths.get(node)
         return path.rtt.p50_s if path is not None and len(path.rtt) else None
 
-    def observed(self, node: str, n_bytes: int, seconds: float) -> None:
-        """Real traffic moved so much in that time: a link is at least as fast as what it carried."""
-        path = self._paths.get(node)
-        if path is None or seconds <= 0:
-            return
-        rate = n_bytes / seconds
-        if path.rate is None or rate > path.rate.bytes_per_s:
-            path.rate = RateEstimate(bytes_per_s=rate, lower_bound=True)
-            path.measured_at_unix_s = self._now_unix_s()
-
     def data_flowed(self) -> None:
         """A request's message was sent or came in just now: probes keep out of its way."""
         self._prober.data_flowed()
@@ -223,13 +211,11 @@ class LinkMonitor:
             await self._ping(path, BURST_PINGS)
         await self._first_rate(path)
         await self._ping_for(path, self._full_after_s)
-        period_s = self._full_period_s
+        period_s = FULL_PERIOD_S
         while True:
             before = path.rate
             await self._full_rate(path)
-            period_s = (
-                min(2 * period_s, MAX_FULL_PERIOD_S) if _is_same(before, path.rate) else self._full_period_s
-            )
+            period_s = min(2 * period_s, MAX_FULL_PERIOD_S) if _is_same(before, path.rate) else FULL_PERIOD_S
             await self._ping_for(path, period_s)
 
     async def _ping_for(self, path: _Path, duration_s: float) -> None:

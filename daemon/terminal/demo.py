@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import click
 
+from daemon.terminal.client import Client
 from daemon.terminal.local_mesh import LocalMesh
 from daemon.verbs.ask import served_model, stream_chat
 from hexmesh.errors import HexmeshError
@@ -137,15 +138,19 @@ def _ask(mesh: LocalMesh, prompt: str, progress: Progress) -> None:
     asked = others[-1] if others else mesh.daemons[0]
     role = "which is not the coordinator" if others else "the only node"
     progress.say(f"asking {asked.name}, {role}: {prompt}")
-    messages = [{"role": "user", "content": prompt}]
+    show_answer(asked.client, prompt)
+
+
+def show_answer(client: Client, prompt: str) -> None:
+    """Put the question to a node; the answer appears as it comes."""
     body = {
-        "model": served_model(asked.client),
-        "messages": messages,
+        "model": served_model(client),
+        "messages": [{"role": "user", "content": prompt}],
         "temperature": 0.0,
         "max_tokens": MAX_ANSWER_TOKENS,
     }
     click.echo()
-    with closing(stream_chat(asked.client, body)) as pieces:
+    with closing(stream_chat(client, body)) as pieces:
         for piece in pieces:
             click.echo(piece, nl=False)
     click.echo("\n")

@@ -181,7 +181,7 @@ class LocalMesh:
         self.await_up(daemon)
         return daemon
 
-    def await_up(self, daemon: LocalDaemon, timeout_s: float = UP_TIMEOUT_S) -> None:
+    def await_up(self, daemon: LocalDaemon) -> None:
         """Wait for the daemon's line of JSON. Raises TimedOut, or Lost when it ended."""
 
         def find_up() -> dict[str, Any] | None:
@@ -192,7 +192,7 @@ class LocalMesh:
             return up
 
         daemon.up = self.await_value(
-            find_up, timeout_s=timeout_s, what=f"{daemon.name} to come up", living=[daemon]
+            find_up, timeout_s=UP_TIMEOUT_S, what=f"{daemon.name} to come up", living=[daemon]
         )
 
     def await_ready(

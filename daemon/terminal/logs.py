@@ -20,11 +20,11 @@ PROGRESS = "hexmesh.progress"
 _DIM, _YELLOW, _RED, _RESET = "\x1b[2m", "\x1b[33m", "\x1b[31m", "\x1b[0m"
 
 
-def set_up_logging(log_format: LogFormat, stream: TextIO | None = None) -> None:
-    """Send hexmesh's INFO and everybody's WARNING to `stream` (stderr)."""
-    stream = stream or sys.stderr
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonLines() if log_format == "json" else TextLines(colours=wants_colours(stream)))
+def set_up_logging(log_format: LogFormat) -> None:
+    """Send hexmesh's INFO and everybody's WARNING to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    is_json = log_format == "json"
+    handler.setFormatter(JsonLines() if is_json else TextLines(colours=wants_colours(sys.stderr)))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

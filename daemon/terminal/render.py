@@ -6,7 +6,6 @@ terminal and never carry meaning alone.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TextIO
@@ -54,13 +53,6 @@ def print_on(console: Console, shown: RenderableType) -> None:
     text = "".join(line.rstrip() + "\n" for line in capture.get().splitlines())
     console.file.write(text.encode(console.encoding, "replace").decode(console.encoding))
     console.file.flush()
-
-
-def plain_text(shown: RenderableType, *, width: int = 80) -> str:
-    """`shown` without colours, as a pipe would get it."""
-    stream = io.StringIO()
-    print_on(Console(file=stream, width=width, highlight=False, emoji=False, markup=False), shown)
-    return stream.getvalue()
 
 
 def topology_view(view: TopologyView, *, width: int = 80, glyphs: Glyphs = UNICODE) -> RenderableType:

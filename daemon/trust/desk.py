@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NoReturn, Protocol, assert_never
 
+from daemon.naming import find_node
 from daemon.peering.address import Address
 from daemon.trust.admission import Admission
 from daemon.trust.appointments import Appointments
 from daemon.trust.attestor import Attestor
 from daemon.trust.credentials import Credentials, Now, utc_now
-from daemon.trust.naming import find_member
 from daemon.trust.removals import VOID_STEP, Removals
 from daemon.trust.renewal import Reminder, Renewal
 from daemon.trust.state import Membership, StateFolder
@@ -26,7 +26,7 @@ from hexmesh.errors import HexmeshError, InvalidInput, NotReady, Refused
 from hexmesh.identity.authority import Issuer
 from hexmesh.identity.certificates import MemberIdentity
 from hexmesh.identity.revocations import Revocations
-from hexmesh.ids import NodeId, short
+from hexmesh.ids import NodeId, is_node_id, short
 from hexmesh.wire.peering import JoinAccepted, JoinRefused, JoinRequest, MemberAddress, PeerRefused
 from hexmesh.wire.trust import Appointed, Renew, Renewed, RenewRefused, Revoked, TrustMessage
 
@@ -190,19 +190,24 @@ class TrustDesk:
     # --- what operators ask ---
 
     async def remove(self, name_or_id: str) -> Removed:
-        """Remove a node from the mesh for good. Raises HexmeshError."""
-        found = find_member(self._everybody(), name_or_id)
-        if found.node_id == self._node_id:
+        """Remove a node from the mesh for good. Raises HexmeshError.
+
+        A whole id is taken at its word: the node may have been gone for long.
+        """
+        names = {one.node_id: one.name for one in self._everybody()}
+        node = NodeId(name_or_id if is_node_id(name_or_id) else find_node(names, name_or_id))
+        name = names.get(node, short(node))
+        if node == self._node_id:
             raise InvalidInput(
                 "a node does not remove itself",
                 next_step="run `hexmesh leave --forget` here, or remove it on another issuer",
             )
-        if found.node_id in self.removals.revoked:
-            raise InvalidInput(f"node {found.name} ({short(found.node_id)}) is removed already")
+        if node in self.removals.revoked:
+            raise InvalidInput(f"node {name} ({short(node)}) is removed already")
         issuer = await asyncio.to_thread(self._revoker)
         members = [NodeId(one.node_id) for one in self._everybody()]
-        await self.removals.revoke(issuer, NodeId(found.node_id), members)
-        return Removed(id=found.node_id, name=found.name)
+        await self.removals.revoke(issuer, node, members)
+        return Removed(id=node, name=name)
 
     # --- what views show ---
 

@@ -12,6 +12,7 @@ import click
 from daemon.config import default_state_dir
 from daemon.runfile import read_run
 from daemon.verbs.options import client_of, daemon_flags, flag, output_flag, state_path
+from hexmesh.ids import short
 
 if TYPE_CHECKING:
     from daemon.views import CachedModelView
@@ -70,7 +71,7 @@ def verify_models(context: click.Context, /, output: str, state_dir: str | None)
         views.append(view)
         if output == "table":
             state = "damaged" if view.damages else "sound"
-            click.echo(f"{view.name} ({view.id[:8]}): {state}")
+            click.echo(f"{view.name} ({short(view.id)}): {state}")
             for damage in view.damages:
                 what = f", tensor {damage.tensor}" if damage.tensor else ""
                 click.echo(f"  {damage.path}{what}: {damage.repair}")

@@ -8,6 +8,7 @@ import click
 
 from daemon.terminal.client import read_admin_key
 from daemon.verbs.options import client_of, daemon_flags, state_path
+from hexmesh.ids import short
 
 _CHANGE_TIMEOUT_S = 30.0
 
@@ -21,4 +22,4 @@ def remove(name_or_id: str, url: str | None, state_dir: str | None, api_key_file
     key = read_admin_key(state_path(state_dir))
     body = client.post("/admin/node/remove", {"node": name_or_id}, key=key, timeout_s=_CHANGE_TIMEOUT_S)
     removed = json.loads(body)
-    click.echo(f"removed {removed['name']} ({removed['id'][:8]})", err=True)
+    click.echo(f"removed {removed['name']} ({short(removed['id'])})", err=True)

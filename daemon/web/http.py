@@ -23,7 +23,7 @@ from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from daemon.runfile import local_http_url
-from daemon.web.access import ARRIVED_S, REQUEST_ID, Access, Doorkeeper, Handler, HttpOptions, Route
+from daemon.web.access import ARRIVED_S, REQUEST_ID, Access, Doorkeeper, Handler, HttpOptions
 from daemon.web.admin import AdminRoutes
 from daemon.web.capped_runner import CappedRunner
 from daemon.web.completer import Completer
@@ -54,8 +54,6 @@ class HttpSurface:
         service: MeshService,
         options: HttpOptions,
         telemetry: Telemetry,
-        *,
-        more_routes: tuple[Route, ...] = (),
     ) -> None:
         """`telemetry` takes the requests' figures; /metrics shows `service.registry`, normally its own."""
         self._options = options
@@ -66,7 +64,6 @@ class HttpSurface:
             *OpenAiRoutes(completer).routes(),
             *GenerateRoute(completer).routes(),
             *AdminRoutes(service).routes(),
-            *more_routes,
         )
         app = web.Application(
             middlewares=[self._name_request, self._answer_failures, self._check_source],

@@ -9,9 +9,10 @@ from contextlib import aclosing
 from prometheus_client import CollectorRegistry
 
 from daemon.gateway import Gateway
+from daemon.mesh_state import MeshState
+from daemon.mesh_views import MeshViews
 from daemon.models.node_weights import NodeWeights
 from daemon.orders import NodeOrders
-from daemon.snapshot import MeshState
 from daemon.trust.desk import TrustDesk
 from daemon.views import (
     CachedModelView,
@@ -39,6 +40,7 @@ class NodeService:
         *,
         model: ServedModel,
         state: MeshState,
+        views: MeshViews,
         weights: NodeWeights,
         gateway: Gateway,
         trust: TrustDesk,
@@ -48,6 +50,7 @@ class NodeService:
     ) -> None:
         self._model = model
         self._state = state
+        self._views = views
         self._weights = weights
         self._gateway = gateway
         self._trust = trust
@@ -82,22 +85,22 @@ class NodeService:
         return self._gateway.cancel(request_id)
 
     def status(self) -> StatusView:
-        return self._state.status()
+        return self._views.status()
 
     def members(self) -> list[MemberView]:
-        return self._state.members()
+        return self._views.members()
 
     def links(self) -> list[LinkView]:
-        return self._state.link_views()
+        return self._views.link_views()
 
     def topology(self) -> TopologyView:
-        return self._state.topology()
+        return self._views.topology()
 
     def requests(self) -> list[RequestView]:
-        return self._state.requests()
+        return self._views.requests()
 
     def plan(self) -> PlanView:
-        return self._state.plan()
+        return self._views.plan()
 
     async def models(self) -> list[CachedModelView]:
         return await asyncio.to_thread(self._weights.models)

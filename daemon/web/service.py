@@ -57,7 +57,6 @@ class ServedModel:
     max_model_tokens: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
 
     def with_context(self, max_model_tokens: int) -> ServedModel:
         """The same model with room for another context length."""

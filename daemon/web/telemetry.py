@@ -32,9 +32,6 @@ class Telemetry:
         self.requests_waiting = self._gauge(metrics.REQUESTS_WAITING)
         self.plan_epoch = self._gauge(metrics.PLAN_EPOCH)
         self.coordinator_term = self._gauge(metrics.COORDINATOR_TERM)
-        self.prefix_cache_hit_tokens = self._counter(metrics.PREFIX_CACHE_HIT_TOKENS)
-        self.kv_handoff = self._histogram(metrics.KV_HANDOFF)
-        self.kv_handoff_bytes = self._counter(metrics.KV_HANDOFF_BYTES)
         self._requests = self._counter(metrics.REQUESTS)
         self._first_token = self._histogram(metrics.TIME_TO_FIRST_TOKEN)
         self._inter_token = self._histogram(metrics.INTER_TOKEN_LATENCY)
@@ -47,17 +44,13 @@ class Telemetry:
         self._stage_busy = self._gauge(metrics.STAGE_BUSY)
         self._link_rtt = self._gauge(metrics.LINK_RTT)
         self._link_rate = self._gauge(metrics.LINK_RATE)
-        self._handoff_failures = self._counter(metrics.KV_HANDOFF_FAILURES)
         self._replans = self._counter(metrics.REPLANS)
         self._recovered = self._counter(metrics.REQUESTS_RECOVERED)
         self._members = self._gauge(metrics.MEMBERS)
+        self._show_what_is_not_counted_yet()
         self._show_known_labels()
         if alias_vllm:
             self.registry.register(_VllmNames(self))
-
-    def set_model_name(self, name: str) -> None:
-        """The label of the aliased series, once the mesh's model is known."""
-        self._model_name = name
 
     def families(self) -> Iterator[Metric]:
         """All metric families as they stand, without the aliases."""
@@ -81,9 +74,6 @@ class Telemetry:
 
     def count_recovery(self, mode: str) -> None:
         self._recovered.labels(mode).inc()
-
-    def count_handoff_failure(self, reason: str) -> None:
-        self._handoff_failures.labels(reason).inc()
 
     def observe_step(self, replica: str, round_trip_s: float, stage_seconds: Iterable[float]) -> None:
         """One step through a replica that this node drives: the whole, and each stage's compute time."""
@@ -134,6 +124,12 @@ class Telemetry:
 
     def record_latency(self, seconds: float) -> None:
         self._latency.observe(seconds)
+
+    def _show_what_is_not_counted_yet(self) -> None:
+        """Names that dashboards may ask for already; there is no prefix cache and no KV handoff yet."""
+        for spec in (metrics.PREFIX_CACHE_HIT_TOKENS, metrics.KV_HANDOFF_BYTES, metrics.KV_HANDOFF_FAILURES):
+            self._counter(spec)
+        self._histogram(metrics.KV_HANDOFF)
 
     def _show_known_labels(self) -> None:
         """Series with a fixed set of labels exist from the start, so that rates over them are right."""

@@ -104,14 +104,6 @@ def to_pem(chain: Sequence[bytes]) -> bytes:
     return b"".join(_load(der).public_bytes(Encoding.PEM) for der in chain)
 
 
-def chain_from_pem(pem: bytes) -> list[bytes]:
-    """The DER certificates of a PEM file. Raises InvalidInput."""
-    try:
-        return [one.public_bytes(Encoding.DER) for one in x509.load_pem_x509_certificates(pem)]
-    except UNREADABLE as error:
-        raise InvalidInput("not a PEM certificate file", code="bad_certificate") from error
-
-
 def check_root(root_der: bytes) -> None:
     """Raise Refused unless this is a self-signed Ed25519 authority."""
     root = _load_or_refuse(root_der)

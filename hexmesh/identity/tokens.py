@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from hexmesh.errors import InvalidInput, Refused
-from hexmesh.ids import NodeId, short
+from hexmesh.ids import NodeId, is_node_id, short
 
 TokenFault = Literal["token_unknown", "token_expired", "token_spent"]
 
@@ -29,15 +29,14 @@ KEEP_DEAD_S = 7 * 86400.0
 _PREFIX = "hm1_"
 _FORMAT = re.compile(_PREFIX + r"[A-Za-z0-9_-]+")
 _CHECK_BYTES = 4
-_NODE_ID = re.compile(r"[0-9a-f]{40}")
 _NEXT_STEP = "ask for a new token: `hexmesh token create` on a member"
 
 
 class TokenRefused(Refused):
     """The token is not, or no longer, good here; `fault` says which."""
 
-    def __init__(self, fault: TokenFault, message: str, next_step: str = _NEXT_STEP) -> None:
-        super().__init__(message, code=fault, next_step=next_step)
+    def __init__(self, fault: TokenFault, message: str) -> None:
+        super().__init__(message, code=fault, next_step=_NEXT_STEP)
         self.fault = fault
 
 
@@ -61,7 +60,7 @@ class JoinToken(msgspec.Struct, frozen=True, array_like=True):
 
 def make_token(address: str, root_sha256: bytes, issuer: NodeId, secret: bytes) -> JoinToken:
     """A token of checked parts. Raises InvalidInput."""
-    if not _NODE_ID.fullmatch(issuer):
+    if not is_node_id(issuer):
         raise InvalidInput(f"{issuer!r} is not a node id")
     token = JoinToken(address, root_sha256, bytes.fromhex(issuer), secret)
     _check(token)
@@ -99,7 +98,6 @@ class TokenRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What the issuer remembers of a token; the secret cannot be had from it."""
 
     secret_sha256: bytes
-    created_unix_s: float
     expires_unix_s: float
     uses: int
     redeemed_by: tuple[str, ...] = ()
@@ -133,7 +131,6 @@ class TokenLedger(msgspec.Struct, frozen=True):
             raise InvalidInput(f"a token has at least one use, not {uses}", next_step="give --uses 1")
         record = TokenRecord(
             secret_sha256=_hash(secret),
-            created_unix_s=now_unix_s,
             expires_unix_s=now_unix_s + ttl_s,
             uses=uses,
         )

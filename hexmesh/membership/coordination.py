@@ -104,7 +104,6 @@ class Coordination:
         self.boot = boot
         self.rank = rank
         self._timers = timers
-        self._rng = rng
         self._outbox: list[Output] = []
         self._peers = Peers(node, boot, timers.hear_s)
         self._notary = Notary(sign, verify)
@@ -125,7 +124,6 @@ class Coordination:
         self._tools = Tools(
             node=node,
             boot=boot,
-            rank=rank,
             min_nodes=min_nodes,
             timers=timers,
             host=self._host,

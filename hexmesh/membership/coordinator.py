@@ -44,7 +44,6 @@ class Tools:
 
     node: str
     boot: int
-    rank: int
     min_nodes: int
     timers: Timers
     host: Host

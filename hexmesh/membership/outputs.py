@@ -22,7 +22,6 @@ class PlanWanted:
     request_id: int
     hosts: dict[str, int]
     reason: str
-    current: Epoch | None
     excluded: dict[str, str]
     """Leased hosts that must not be used, and why."""
 

@@ -329,7 +329,6 @@ class Planner:
                 request_id=self._request.request_id,
                 hosts=dict(now.hosts),
                 reason=reason,
-                current=self._slots.committed_epoch if self.cur is None else self.cur.named.epoch,
                 excluded=now.excluded,
             )
         )

@@ -71,7 +71,6 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     site: _Text
     peer_address: _Text
     dht_maddrs: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=16)]
-    http_url: _Text | None
     hexmesh_version: _Text
     protocol_version: int
     model_id: _Text
@@ -176,11 +175,9 @@ def record_head(data: bytes) -> RecordHead:
 class Directory:
     """The newest record of every node, and the cluster that they add up to.
 
-    Pure: it never looks at a clock. Records stay for `KEEP_S` after they expire, because a host that still
-    answers beats is planned with its last known facts even when its records stop coming.
+    Pure: it never looks at a clock. Records stay after they expire, because a host that still answers beats is
+    planned with its last known facts even when its records stop coming.
     """
-
-    KEEP_S = 600.0
 
     def __init__(self) -> None:
         self._known: dict[str, KnownRecord] = {}
@@ -202,23 +199,14 @@ class Directory:
         """The node was removed or left for good."""
         self._known.pop(node, None)
 
-    def expire(self, now_unix_s: float) -> tuple[str, ...]:
-        """Drop what expired long ago; the ids of those nodes."""
-        gone = tuple(
-            node for node, known in self._known.items() if known.expires_at_unix_s + self.KEEP_S < now_unix_s
-        )
-        for node in gone:
-            del self._known[node]
-        return gone
-
     def record(self, node: str) -> NodeRecord | None:
         known = self._known.get(node)
         return known.record if known is not None else None
 
-    def is_current(self, node: str, now_unix_s: float) -> bool:
-        """Whether there is a record of the node that has not expired."""
-        known = self._known.get(node)
-        return known is not None and known.expires_at_unix_s >= now_unix_s
+    def name_of(self, node: str) -> str:
+        """The node's name, else the first digits of its id."""
+        record = self.record(node)
+        return record.name if record is not None else short(node)
 
     def records(self) -> tuple[NodeRecord, ...]:
         """Every record, by node id."""
@@ -227,10 +215,6 @@ class Directory:
     def signed(self) -> tuple[bytes, ...]:
         """Every record as bytes to pass on to a node that has just come."""
         return tuple(self._known[node].signed for node in sorted(self._known))
-
-    def unready(self, nodes: Iterable[str]) -> tuple[str, ...]:
-        """Those of `nodes` that cannot be planned with: no record yet, or no measured device."""
-        return tuple(node for node in sorted(nodes) if not self._has_devices(node))
 
     def availability(self, nodes: Iterable[str]) -> dict[str, Availability]:
         """What each of `nodes` that is known says of itself."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timers:
-    """All in seconds. The lease must outlast four beats and the RTT, see `stretched`."""
+    """All in seconds. The lease must outlast four beats and the RTT."""
 
     hello_s: float = 0.5
     hear_s: float = 1.6
@@ -47,18 +47,6 @@ class Timers:
                 raise ValueError(f"timer {name} must be above 0, got {getattr(self, name)}")
         if self.lease_s < 2 * self.beat_s:
             raise ValueError(f"lease_s {self.lease_s} is under two beats of {self.beat_s} s")
-
-    def stretched(self, rtt_p99_s: float) -> Timers:
-        """For slow links: past 0.3 s of RTT, beat, hear, drop and lease grow together."""
-        factor = max(1.0, rtt_p99_s / 0.3)
-        return replace(
-            self,
-            hello_s=self.hello_s * factor,
-            hear_s=self.hear_s * factor,
-            beat_s=self.beat_s * factor,
-            drop_s=self.drop_s * factor,
-            lease_s=self.lease_s * factor,
-        )
 
     def prep_limit_s(self, load_estimate_s: float) -> float:
         """How long the hosts of a plan may take to get ready."""

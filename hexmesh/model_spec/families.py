@@ -144,8 +144,7 @@ def _qwen2_experts(config: Config, layer: int) -> Experts | None:
     return experts and replace(experts, shared_size=config.count("shared_expert_intermediate_size"))
 
 
-_BOS_EOS = {"bos_token_id": 1, "eos_token_id": 2}
-_GEMMA_IDS = {"bos_token_id": 2, "eos_token_id": 1, "tie_word_embeddings": True}
+_GEMMA_IDS = {"eos_token_id": 1, "tie_word_embeddings": True}
 _LAYER_NORM = 2
 _LLAMA_SIZES = (32000, 4096, 11008, 32, 32, 2048)
 _MISTRAL_SIZES = (32000, 4096, 14336, 32, 32, 131072)
@@ -154,15 +153,15 @@ _QWEN_SIZES = (151936, 4096, 22016, 32, 32, 32768)
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
-        defaults=_defaults(_LLAMA_SIZES, **_BOS_EOS),
+        defaults=_defaults(_LLAMA_SIZES, eos_token_id=2),
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         mlp_bias="mlp_bias",
     ),
-    "mistral": Family(defaults=_defaults(_MISTRAL_SIZES, num_key_value_heads=8, **_BOS_EOS)),
+    "mistral": Family(defaults=_defaults(_MISTRAL_SIZES, num_key_value_heads=8, eos_token_id=2)),
     "mixtral": Family(
         defaults=_defaults(
-            _MISTRAL_SIZES, num_key_value_heads=8, num_experts_per_tok=2, num_local_experts=8, **_BOS_EOS
+            _MISTRAL_SIZES, num_key_value_heads=8, num_experts_per_tok=2, num_local_experts=8, eos_token_id=2
         ),
         spellings={"num_local_experts": "num_experts"},
         experts=_mixtral_experts,
@@ -204,7 +203,7 @@ FAMILIES: dict[str, Family] = {
         experts=_qwen_experts,
     ),
     "phi3": Family(
-        defaults=_defaults((32064, 3072, 8192, 32, 32, 4096), bos_token_id=1, eos_token_id=32000),
+        defaults=_defaults((32064, 3072, 8192, 32, 32, 4096), eos_token_id=32000),
     ),
     "gemma": Family(
         defaults=_defaults(
@@ -243,7 +242,7 @@ FAMILIES: dict[str, Family] = {
         qk_norm_params=_norm_over_heads,
     ),
     "granite": Family(
-        defaults=_defaults(_LLAMA_SIZES, **_BOS_EOS),
+        defaults=_defaults(_LLAMA_SIZES, eos_token_id=2),
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         mlp_bias="mlp_bias",
@@ -252,7 +251,6 @@ FAMILIES: dict[str, Family] = {
         defaults=_defaults(
             (128256, 2048, 11008, 36, 16, 32768),
             num_key_value_heads=4,
-            bos_token_id=128000,
             eos_token_id=128001,
             tie_word_embeddings=True,
         ),
@@ -261,9 +259,7 @@ FAMILIES: dict[str, Family] = {
         mlp_bias="mlp_bias",
     ),
     "stablelm": Family(
-        defaults=_defaults(
-            (50304, 2560, 6912, 32, 32, 4096), num_key_value_heads=32, bos_token_id=0, eos_token_id=0
-        ),
+        defaults=_defaults((50304, 2560, 6912, 32, 32, 4096), num_key_value_heads=32, eos_token_id=0),
         head_dim_is_free=False,
         qkv_bias="use_qkv_bias",
         norm_width=_LAYER_NORM,
@@ -274,7 +270,6 @@ FAMILIES: dict[str, Family] = {
         defaults=_defaults(
             (49152, 3072, 12288, 30, 24, 4096),
             num_key_value_heads=2,
-            bos_token_id=50256,
             eos_token_id=50256,
             use_bias=True,
             tie_word_embeddings=True,
@@ -286,7 +281,7 @@ FAMILIES: dict[str, Family] = {
         norm_width=_LAYER_NORM,
     ),
     "phi": Family(
-        defaults=_defaults((51200, 2048, 8192, 24, 32, 2048), **_BOS_EOS),
+        defaults=_defaults((51200, 2048, 8192, 24, 32, 2048), eos_token_id=2),
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
@@ -297,9 +292,7 @@ FAMILIES: dict[str, Family] = {
         head_bias=True,
     ),
     "gpt2": Family(
-        defaults=_defaults(
-            (50257, 768, 0, 12, 12, 1024), bos_token_id=50256, eos_token_id=50256, tie_word_embeddings=True
-        ),
+        defaults=_defaults((50257, 768, 0, 12, 12, 1024), eos_token_id=50256, tie_word_embeddings=True),
         spellings={
             "hidden_size": "n_embd",
             "num_hidden_layers": "n_layer",
@@ -317,9 +310,7 @@ FAMILIES: dict[str, Family] = {
         n_positions_extra=0,
     ),
     "gpt_neox": Family(
-        defaults=_defaults(
-            (50432, 6144, 24576, 44, 64, 2048), bos_token_id=0, eos_token_id=2, attention_bias=True
-        ),
+        defaults=_defaults((50432, 6144, 24576, 44, 64, 2048), eos_token_id=2, attention_bias=True),
         head_dim_is_free=False,
         all_heads_have_kv=True,
         qkv_bias="attention_bias",
@@ -331,7 +322,6 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(
         defaults=_defaults(
             (50272, 768, 3072, 12, 12, 2048),
-            bos_token_id=2,
             eos_token_id=2,
             enable_bias=True,
             layer_norm_elementwise_affine=True,

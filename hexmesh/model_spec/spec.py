@@ -46,7 +46,6 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Counts of a decoder-only model. Bytes follow from the dtype: see `hexmesh.cost`."""
 
-    model_type: str
     hidden_size: int
     n_heads: int
     n_kv_heads: int
@@ -69,7 +68,6 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     head_matmul_params: int
     """Weights that a sampled token's hidden state is multiplied with, whoever owns them."""
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
 
     @property
     def n_layers(self) -> int:
@@ -115,7 +113,7 @@ def model_spec_from_config(
             next_step=f"use a model of type {', '.join(supported_model_types())}",
         )
     _refuse_variants(config)
-    return _spec(str(model_type), family, Config(config, family), generation_config or {})
+    return _spec(family, Config(config, family), generation_config or {})
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -123,7 +121,7 @@ def supported_model_types() -> tuple[str, ...]:
     return tuple(sorted(FAMILIES))
 
 
-def _spec(model_type: str, family: Family, config: Config, generation: Mapping[str, Any]) -> ModelSpec:
+def _spec(family: Family, config: Config, generation: Mapping[str, Any]) -> ModelSpec:
     hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
     kv_heads = heads if family.all_heads_have_kv else config.count("num_key_value_heads", heads)
     derived = hidden // heads
@@ -144,7 +142,6 @@ def _spec(model_type: str, family: Family, config: Config, generation: Mapping[s
     ties = config.flag("tie_word_embeddings")
     eos = generation.get("eos_token_id")
     return ModelSpec(
-        model_type=model_type,
         hidden_size=hidden,
         n_heads=heads,
         n_kv_heads=kv_heads,
@@ -162,7 +159,6 @@ def _spec(model_type: str, family: Family, config: Config, generation: Mapping[s
         head_params=(0 if ties else vocab * width) + (vocab if family.head_bias else 0),
         head_matmul_params=vocab * width,
         eos_token_ids=_token_ids(config.value("eos_token_id") if eos is None else eos),
-        bos_token_id=next(iter(_token_ids(config.value("bos_token_id"))), None),
     )
 
 

@@ -24,7 +24,6 @@ class DecodeGroup:
         torch.Tensor
     )  # (n_rows * n_kv_heads * n_blocks,) rows of the pool seen as (n_blocks * n_kv_heads, ...)
     visible: torch.Tensor  # (n_rows, n_blocks * block_tokens) bool
-    n_rows: int
     n_blocks: int
 
 
@@ -121,7 +120,6 @@ class RaggedBatch:
             tokens=self._tensor(self._starts[indices]),
             gather=self._tensor(_by_head(table, n_kv_heads)),
             visible=self._tensor(visible),
-            n_rows=len(indices),
             n_blocks=n_blocks,
         )
 

@@ -1,1 +1,1 @@
-"""The search for plans: layout of one group by dynamic programming, its certificate and its explanation."""
+"""The search for plans: which devices make which replicas, their layouts, the certificate and the explanation."""

@@ -19,7 +19,6 @@ class Sequence:
     max_tokens: int
     stop_token_ids: frozenset[int]
     sampling: SamplingParams
-    arrived_s: float
     n_computed: int = 0
     """Positions whose KV lies in this sequence's blocks."""
     blocks: list[int] = field(default_factory=list)
@@ -43,7 +42,7 @@ class Sequence:
         return None
 
 
-def sequence_of(message: Generate, now_s: float) -> Sequence:
+def sequence_of(message: Generate) -> Sequence:
     """The sequence that a gateway asks for: what was emitted by earlier attempts is replayed like a prompt."""
     return Sequence(
         id=message.sequence,
@@ -53,5 +52,4 @@ def sequence_of(message: Generate, now_s: float) -> Sequence:
         max_tokens=message.max_tokens,
         stop_token_ids=frozenset(message.stop_token_ids),
         sampling=message.sampling,
-        arrived_s=now_s,
     )

@@ -17,7 +17,6 @@ from hexmesh.ids import ModelId, short
 
 CHUNK_BYTES = 4 * 1024 * 1024
 """Part of the id's definition: another value would give every model another id."""
-MAX_MANIFEST_BYTES = 64 * 1024 * 1024
 MAX_FILE_BYTES = 64 * 1024 * 1024
 """Of config and tokenizer files; the largest tokenizers have some 35 MB."""
 DIGEST_BYTES = 32

@@ -57,8 +57,6 @@ WorkerReply = WORKER_REPLY
 BulkQuestion = BULK_QUESTION
 BulkAnswer = BULK_ANSWER
 
-CONTROL: Codec[ControlMessage] = Codec(CONTROL_MESSAGE, name="control")
-DATA: Codec[DataMessage] = Codec(DATA_MESSAGE, name="data")
 PEERING: Codec[PeeringMessage] = Codec(PEERING_MESSAGE | CIRCUIT_MESSAGE, name="peering")
 WORKER_REQUESTS: Codec[WorkerRequest] = Codec(WORKER_REQUEST, name="worker request")
 WORKER_REPLIES: Codec[WorkerReply] = Codec(WORKER_REPLY, name="worker reply")

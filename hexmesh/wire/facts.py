@@ -70,5 +70,4 @@ class ProbeEnd(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 ProbeMessage = Ping | Pong | ProbeAsk | ProbeAnswer | ProbeChunk | ProbeReport | ProbeEnd
-PROBE_MESSAGE = ProbeMessage
 FACTS_MESSAGE = Facts | ProbeMessage

@@ -23,7 +23,7 @@ from daemon.trust.state import StateFolder
 from hexmesh.errors import HexmeshError
 from hexmesh.identity.tokens import parse_token
 from hexmesh.ids import NodeId, new_boot
-from hexmesh.membership.records import NodeRecord, sign_record
+from hexmesh.membership.records import sign_record
 from hexmesh.wire.control import Ask, Ballot, Beat, Cert, CertMessage, Epoch, Header, Hello, Prepare
 from hexmesh.wire.data import (
     Generate,
@@ -41,6 +41,7 @@ from hexmesh.wire.data import (
 from hexmesh.wire.facts import Facts, Ping, ProbeAnswer, ProbeAsk, ProbeChunk, ProbeEnd, ProbeReport
 from hexmesh.wire.notice import PlanBlocked
 from hexmesh.wire.peering import Channel
+from tests.node_records import node_record
 
 HIDDEN_BYTES = 4 * 64
 """More or less a token's hidden state; wrong on purpose for most models."""
@@ -265,20 +266,14 @@ class Evil:
 
     def _signed_about(self, node: str, name: str = "[/evil]") -> bytes:
         now_unix_s = time.time()
-        record = NodeRecord(
+        record = node_record(
+            node,
             mesh_id=self._attestor.mesh_id,
-            node=node,
             boot=self._local.boot,
             sequence=int(now_unix_s * 1000) + 10**6,
             made_at_unix_s=now_unix_s,
             name=name,
-            site="s",
             peer_address=self._local.address,
-            dht_maddrs=(),
-            http_url=None,
-            hexmesh_version="0",
-            protocol_version=1,
-            model_id="m",
         )
         return sign_record(
             record,

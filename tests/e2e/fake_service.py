@@ -96,7 +96,6 @@ class FakeService:
             max_model_tokens=self.max_model_tokens,
             vocab_size=1024,
             eos_token_ids=(EOS,),
-            bos_token_id=0,
         )
 
     @property

@@ -10,7 +10,7 @@ import random
 import socket
 import ssl
 import tracemalloc
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,41 +23,24 @@ from daemon.peering.address import LOOPBACK
 from daemon.peering.peers import CHANNELS, PeerNetwork
 from daemon.peering.tls import TlsFiles, client_context, stranger_context
 from hexmesh.identity.authority import MeshAuthority, request_certificate
-from hexmesh.identity.certificates import to_pem
 from hexmesh.identity.keys import NodeKey
 from hexmesh.wire import codec
-from hexmesh.wire.data import GenerateCancel
 from hexmesh.wire.frames import frame_parts
 from hexmesh.wire.peering import MeshRoot, PeerHello, PeerRefused, WantRoot
-from tests.e2e.members import DHT_PEER_ID, Member, make_member
-from tests.e2e.test_peers import Raw, dialled, introduce, network_of
+from tests.e2e.members import (
+    DHT_PEER_ID,
+    Member,
+    Raw,
+    dialled,
+    introduce,
+    make_member,
+    network_of,
+    note,
+    write_files,
+)
 
 OTHER_HOST = "127.0.0.2"
 """Another source address on loopback."""
-
-
-@pytest.fixture
-def authority() -> MeshAuthority:
-    return MeshAuthority.found(datetime.now(UTC))
-
-
-@pytest.fixture
-def pair(authority: MeshAuthority, tmp_path: Path) -> Iterator[tuple[Member, Member]]:
-    a, b = make_member(authority, tmp_path, "a"), make_member(authority, tmp_path, "b")
-    yield a, b
-    a.listener.close()
-    b.listener.close()
-
-
-def note(text: str) -> GenerateCancel:
-    return GenerateCancel(sequence=text, attempt=0)
-
-
-def write_files(folder: Path, key: NodeKey, certificate: bytes, root_der: bytes) -> TlsFiles:
-    folder.mkdir()
-    (folder / "key.pem").write_bytes(key.to_pem())
-    (folder / "cert.pem").write_bytes(to_pem([certificate]))
-    return TlsFiles(folder / "key.pem", folder / "cert.pem", root_der)
 
 
 async def is_let_in(port: int, files: TlsFiles, hello: PeerHello) -> bool:

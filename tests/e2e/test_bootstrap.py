@@ -34,6 +34,7 @@ from hexmesh.membership.records import LIFETIME_S, NodeRecord, open_record, sign
 from hexmesh.wire.facts import Facts, Ping, Pong
 from hexmesh.wire.notice import PlanBlocked
 from hexmesh.wire.peering import MemberAddress, ModelReference
+from tests.node_records import node_record
 
 MODEL = ModelReference(name="glossary", model_id="ab" * 32, root="no-such-folder")
 PEER_ID = "12D3KooWFounder"
@@ -130,6 +131,7 @@ async def test_it_joins_tells_its_role_and_comes_back_without_a_token(tmp_path: 
             assert b"hexmesh_relay_circuits 0.0" in metrics
             assert b"hexmesh_relay_bytes_total 0.0" in metrics
             assert (members["rendezvous"]["state"], members["rendezvous"]["roles"]) == ("alive", ["relay"])
+            assert members["rendezvous"]["certificate"] == "valid"
             for path in (
                 "/admin/status",
                 "/admin/topology",
@@ -173,19 +175,11 @@ async def test_a_joiner_that_names_it_is_sent_to_the_issuer(tmp_path: Path) -> N
     async with a_founder(tmp_path / "a") as founder:
         token = founder.admission.create_token(ttl_s=60, uses=2).token
         async with running(tmp_path / "b", token=token) as up:
-            record = NodeRecord(
+            record = node_record(
+                founder.attestor.node_id,
                 mesh_id=founder.attestor.mesh_id,
-                node=founder.attestor.node_id,
-                boot=1,
-                sequence=1,
-                made_at_unix_s=0.0,
                 name="founder",
-                site="s",
                 peer_address=founder.address,
-                dht_maddrs=(),
-                http_url=None,
-                hexmesh_version="0",
-                protocol_version=1,
                 model_id=MODEL.model_id,
             )
             await founder.record_of(up.node_id)

@@ -24,11 +24,6 @@ ENDED = "closed the connection|broke"
 """What a thread is told when its connection was ended; one that merely waited in vain would hear of a stand-still."""
 
 
-@pytest.fixture
-def authority() -> MeshAuthority:
-    return MeshAuthority.found(datetime.now(UTC))
-
-
 @asynccontextmanager
 async def network(
     member: Member, on_bulk: Callable[[BulkSocket], None] | None = None

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -35,11 +34,6 @@ from tests.e2e.test_circuits import a_scene, hidden, introduce
 from tests.e2e.weight_peers import MIB, write_random_model
 
 PAYLOAD = bytes(range(256)) * 20_000
-
-
-@pytest.fixture
-def authority() -> MeshAuthority:
-    return MeshAuthority.found(datetime.now(UTC))
 
 
 @dataclass

@@ -7,7 +7,6 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -25,16 +24,11 @@ from hexmesh.membership import reach
 from hexmesh.membership.circuits import CircuitBook
 from hexmesh.wire import codec
 from hexmesh.wire.circuits import CircuitReady, OpenCircuit, TakeCircuit
-from hexmesh.wire.data import GenerateCancel
 from hexmesh.wire.frames import FrameDecoder
 from hexmesh.wire.peering import PeerRefused
-from tests.e2e.members import Member, make_member
+from tests.e2e.members import Member, make_member, note
 
 BIG_BYTES = 5_000_001
-
-
-def note(text: str) -> GenerateCancel:
-    return GenerateCancel(sequence=text, attempt=0)
 
 
 @dataclass
@@ -76,11 +70,6 @@ def hidden(member: Member) -> Member:
     address = str(bound_address(unused))
     unused.close()
     return Member(replace(member.local, address=address), member.listener)
-
-
-@pytest.fixture
-def authority() -> MeshAuthority:
-    return MeshAuthority.found(datetime.now(UTC))
 
 
 @contextlib.asynccontextmanager

@@ -491,7 +491,7 @@ def test_log_lines() -> None:
     )
 
 
-def test_every_foreseen_error_has_an_exit_code_of_the_contract() -> None:
+def test_every_foreseen_error_has_one_of_the_promised_exit_codes() -> None:
     kinds: list[type[HexmeshError]] = [HexmeshError]
     for kind in kinds:
         kinds.extend(kind.__subclasses__())

@@ -36,6 +36,7 @@ from hexmesh.membership.records import (
     open_record,
     sign_record,
 )
+from tests.node_records import node_record
 
 NOTICE_S = 2.0
 PATIENCE_S = 10.0
@@ -49,20 +50,13 @@ def new_attestor(authority: MeshAuthority, identity_path: Path) -> Attestor:
 
 
 def record_of(attestor: Attestor, sequence: int = 1) -> NodeRecord:
-    return NodeRecord(
+    return node_record(
+        attestor.node_id,
         mesh_id=attestor.mesh_id,
-        node=attestor.node_id,
-        boot=1,
         sequence=sequence,
         made_at_unix_s=time.time(),
         name="x",
-        site="s",
         peer_address="127.0.0.1:7701",
-        dht_maddrs=(),
-        http_url=None,
-        hexmesh_version="0",
-        protocol_version=1,
-        model_id="m",
     )
 
 
@@ -129,11 +123,6 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-@pytest.fixture
-def authority() -> MeshAuthority:
-    return MeshAuthority.found(datetime.now(UTC))
 
 
 def new_member(authority: MeshAuthority, folder: Path, name: str, *peers: str) -> Member:

@@ -1,4 +1,4 @@
-"""`hexmesh join` as a person types it: what is refused says why and what next, with the contract's exit code."""
+"""`hexmesh join` as a person types it: what is refused says why and what next, with which exit code."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,81 +28,22 @@ from hexmesh.identity.authority import MeshAuthority, request_certificate
 from hexmesh.identity.certificates import read_member, to_pem
 from hexmesh.identity.keys import NodeKey
 from hexmesh.wire import codec
-from hexmesh.wire.data import GenerateCancel
-from hexmesh.wire.frames import FrameDecoder, FrameLimits
+from hexmesh.wire.frames import FrameLimits
 from hexmesh.wire.peering import PROTOCOL_VERSION, Channel, MeshRoot, PeerHello, PeerRefused, WantRoot
-from tests.e2e.members import DHT_PEER_ID, Member, make_member, write_tls_files
+from tests.e2e.members import (
+    DHT_PEER_ID,
+    Member,
+    dialled,
+    introduce,
+    make_member,
+    network_of,
+    note,
+    write_tls_files,
+)
 
 SHORT_CHANNELS = CHANNELS | {
     "data": replace(CHANNELS["data"], limits=FrameLimits(1000, 1000), queue_bytes=4000),
 }
-
-
-def note(text: str) -> GenerateCancel:
-    return GenerateCancel(sequence=text, attempt=0)
-
-
-def network_of(member: Member, **options: object) -> PeerNetwork:
-    return PeerNetwork(member.local, member.listener, member.events, **options)  # type: ignore[arg-type]
-
-
-def introduce(network: PeerNetwork, other: Member) -> None:
-    network.learn_address(other.node_id, LOOPBACK, other.port)
-
-
-@pytest.fixture
-def authority() -> MeshAuthority:
-    return MeshAuthority.found(datetime.now(UTC))
-
-
-@pytest.fixture
-def pair(authority: MeshAuthority, tmp_path: Path) -> Iterator[tuple[Member, Member]]:
-    a, b = make_member(authority, tmp_path, "a"), make_member(authority, tmp_path, "b")
-    yield a, b
-    a.listener.close()
-    b.listener.close()
-
-
-class Raw:
-    """A bare TLS client that says whatever a test wants."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-        self._decoder = FrameDecoder()
-
-    def say(self, message: msgspec.Struct) -> None:
-        self._writer.writelines(codec.PEERING.frame(message))  # type: ignore[arg-type]
-
-    def write(self, data: bytes) -> None:
-        self._writer.write(data)
-
-    async def hear(self) -> list[msgspec.Struct]:
-        """Everything until the other side closes; a reset counts as that."""
-        heard: list[msgspec.Struct] = []
-        with contextlib.suppress(ConnectionError, ssl.SSLError):
-            async with asyncio.timeout(10):
-                while data := await self._reader.read(65536):
-                    heard.extend(codec.PEERING.decode(f.header) for f in self._decoder.feed(data))
-        return heard
-
-    async def hear_one(self) -> msgspec.Struct:
-        async with asyncio.timeout(10):
-            while data := await self._reader.read(65536):
-                for frame in self._decoder.feed(data):
-                    return codec.PEERING.decode(frame.header)
-        raise AssertionError("the other side closed")
-
-
-@contextlib.asynccontextmanager
-async def dialled(port: int, context: ssl.SSLContext) -> AsyncIterator[Raw]:
-    reader, writer = await asyncio.open_connection(LOOPBACK, port, ssl=context, server_hostname="")
-    try:
-        yield Raw(reader, writer)
-    finally:
-        writer.close()
-        with contextlib.suppress(ConnectionError, ssl.SSLError):
-            await writer.wait_closed()
 
 
 async def test_messages_both_ways(pair: tuple[Member, Member]) -> None:
@@ -289,7 +229,7 @@ async def test_a_stranger_may_only_join(pair: tuple[Member, Member], has_said: s
     a, b = pair
     async with network_of(a), dialled(a.port, stranger_context(a.local.tls.root_der)) as raw:
         if has_said == "member message":
-            raw.write(b"".join(codec.DATA.frame(note("let me in"))))  # type: ignore[arg-type]
+            raw.write(b"".join(codec.MEMBER.frame(note("let me in"))))  # type: ignore[arg-type]
         elif has_said == "greeting":
             raw.say(b.local.hello("control"))
         else:
@@ -557,7 +497,7 @@ async def test_what_is_decrypted_already_is_not_left_lying(
     """A record that ends one frame and holds another takes two turns; no selector tells of the second."""
     monkeypatch.setattr(connection, "_READ_TURN_BYTES", 1)
     a, b = pair
-    stream = b"".join(bytes(part) for text in ("one", "two") for part in codec.DATA.frame(note(text)))
+    stream = b"".join(bytes(part) for text in ("one", "two") for part in codec.MEMBER.frame(note(text)))
     async with network_of(a), dialled(a.port, client_context(b.local.tls)) as raw:
         raw.say(b.local.hello("control"))
         assert isinstance(await raw.hear_one(), PeerHello)

@@ -69,7 +69,6 @@ class Settled:
     """Lease moves after `still_s`."""
     orphans: list[str]
     """Hosts that are in the plan of no coordinator that holds them."""
-    n_coordinators: int
 
 
 def settle_one_way_graph(
@@ -87,9 +86,6 @@ def settle_one_way_graph(
     return Settled(
         n_late_moves=sum(time_s > still_s for time_s, _, _ in moves),
         orphans=[host.name for host in world.alive() if is_orphan(world, host)],
-        n_coordinators=sum(
-            host.machine is not None and host.machine.is_coordinator for host in world.alive()
-        ),
     )
 
 

@@ -96,7 +96,7 @@ def test_hexmesh_imports_no_shell() -> None:
 
 
 BOOTSTRAP_MAY_IMPORT = {
-    *("config", "courier", "runfile", "service_group", "views"),
+    *("announcing", "config", "courier", "link_views", "reachability", "runfile", "service_group", "views"),
     *("peering", "discovery", "trust", "web"),
 }
 """What a member does that serves no model; nothing of plans, stages, devices and requests."""

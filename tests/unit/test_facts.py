@@ -15,6 +15,7 @@ from hexmesh.errors import Refused
 from hexmesh.identity.authority import MeshAuthority, request_certificate
 from hexmesh.identity.keys import NodeKey
 from hexmesh.membership.records import LIFETIME_S, MAX_LIFETIME_S, NodeRecord, open_record
+from tests.node_records import node_record
 
 NOW_S = 1.8e9
 
@@ -61,20 +62,13 @@ def new_attestor(folder: Path, *removed: str) -> Attestor:
 
 
 def describe(attestor: Attestor, stamp: RecordStamp, now_unix_s: float) -> NodeRecord:
-    return NodeRecord(
+    return node_record(
+        attestor.node_id,
         mesh_id=attestor.mesh_id,
-        node=attestor.node_id,
-        boot=1,
         sequence=stamp.sequence,
         made_at_unix_s=now_unix_s,
         name="x",
-        site="s",
         peer_address="127.0.0.1:7701",
-        dht_maddrs=(),
-        http_url=None,
-        hexmesh_version="0",
-        protocol_version=1,
-        model_id="m",
     )
 
 

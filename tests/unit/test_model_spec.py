@@ -131,7 +131,7 @@ def test_counts_equal_transformers(model_type: str, seed: int) -> None:
     assert (spec.n_params, spec.layer_params) == (expected, _layer_params(model, spec.n_layers))
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     assert spec.embedding_params == embedding.weight.numel()
-    assert (spec.eos_token_ids, spec.bos_token_id) == ((4, 5), 3)
+    assert spec.eos_token_ids == (4, 5)
 
 
 @pytest.mark.parametrize("model_type", supported_model_types())
@@ -144,13 +144,11 @@ def test_missing_keys_mean_what_they_mean_to_transformers(model_type: str) -> No
     ids = () if eos is None else tuple(eos) if isinstance(eos, list) else (eos,)
     assert (
         spec.eos_token_ids,
-        spec.bos_token_id,
         spec.vocab_size,
         spec.max_position_tokens,
         spec.ties_embeddings,
     ) == (
         ids,
-        hf_config.bos_token_id,
         hf_config.vocab_size,
         hf_config.max_position_embeddings,
         hf_config.tie_word_embeddings,

@@ -8,13 +8,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from daemon.terminal.render import (
     ASCII,
     glyphs_for,
     kv_free_share,
-    plain_text,
     print_on,
     topology_view,
     used_of,
@@ -81,6 +80,13 @@ PIPELINE d0 decode  predicted 9.0 tok/s
 
 def view(document: Any, kind: Any) -> Any:
     return msgspec.json.decode(json.dumps(document).encode(), type=kind)
+
+
+def plain_text(shown: RenderableType, *, width: int = 80) -> str:
+    """`shown` without colours, as a pipe would get it."""
+    stream = io.StringIO()
+    print_on(Console(file=stream, width=width, highlight=False, emoji=False, markup=False), shown)
+    return stream.getvalue()
 
 
 def test_topology_at_a_glance() -> None:

@@ -27,6 +27,8 @@ PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 128
 MEMORY_MIB = {1: 1500, 2: 380, 3: 235}
 """Budget of each node that makes a pipeline of so many stages necessary for the 499 MB of weights."""
+IDLE_S = 3.0
+"""How long an idle mesh is watched."""
 MIB = 2**20
 
 
@@ -161,11 +163,11 @@ def generate(daemon: LocalDaemon, prompt: list[int], max_tokens: int) -> Timed:
     return Timed(times_s)
 
 
-def measure_idle(mesh: LocalMesh, seconds: float = 3.0) -> dict[str, float]:
+def measure_idle(mesh: LocalMesh) -> dict[str, float]:
     """CPU seconds a second that each kind of process takes while nothing is asked."""
     before = cpu_seconds(mesh)
-    time.sleep(seconds)
-    return {role: (after - before.get(role, 0.0)) / seconds for role, after in cpu_seconds(mesh).items()}
+    time.sleep(IDLE_S)
+    return {role: (after - before.get(role, 0.0)) / IDLE_S for role, after in cpu_seconds(mesh).items()}
 
 
 def cpu_seconds(mesh: LocalMesh) -> dict[str, float]:

@@ -230,7 +230,6 @@ def _record(attestor: Attestor) -> bytes:
         site="s",
         peer_address="127.0.0.1:1",
         dht_maddrs=(),
-        http_url=None,
         hexmesh_version="0",
         protocol_version=1,
         model_id="m",

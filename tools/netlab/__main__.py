@@ -5,14 +5,12 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from contextlib import closing
 from pathlib import Path
 
 import click
 
-from daemon.terminal.demo import MAX_ANSWER_TOKENS, STOP_TIMEOUT_S, Interrupts, Progress
+from daemon.terminal.demo import STOP_TIMEOUT_S, Interrupts, Progress, show_answer
 from daemon.terminal.demo_memory import demo_memory_bytes
-from daemon.verbs.ask import served_model, stream_chat
 from daemon.verbs.reads import print_topology
 from hexmesh.errors import HexmeshError
 from hexmesh.units import show_bytes
@@ -92,17 +90,7 @@ def _ask(mesh: LabMesh, prompt: str, progress: Progress) -> None:
     """Put the question to the farthest host."""
     asked = mesh.daemons[-1]
     progress.say(f"asking {asked.name}: {prompt}")
-    body = {
-        "model": served_model(asked.client),
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": 0.0,
-        "max_tokens": MAX_ANSWER_TOKENS,
-    }
-    click.echo()
-    with closing(stream_chat(asked.client, body)) as pieces:
-        for piece in pieces:
-            click.echo(piece, nl=False)
-    click.echo("\n")
+    show_answer(asked.client, prompt)
 
 
 def _compare_links(lab: Lab, mesh: LabMesh) -> None:

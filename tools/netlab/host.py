@@ -7,11 +7,11 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import TypeVar
 
 from tools.netlab.tun import enter_namespace
 
@@ -35,21 +35,13 @@ class Host:
         """What runs a command on this host; the process that it starts becomes the command."""
         return ("ip", "netns", "exec", self.namespace.name)
 
-    def popen(
-        self,
-        command: Sequence[str],
-        *,
-        stdout: IO[bytes] | int = subprocess.DEVNULL,
-        stderr: IO[bytes] | int = subprocess.DEVNULL,
-        environ: Mapping[str, str] | None = None,
-    ) -> subprocess.Popen[bytes]:
-        """Start a command here, in a process group of its own; it ends with the lab."""
+    def popen(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Start a command here, in a process group of its own, silently; it ends with the lab."""
         process = subprocess.Popen(
             [*self.program, *command],
             stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            env=None if environ is None else dict(environ),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
         self.processes.append(process)
@@ -65,16 +57,12 @@ class Host:
         with ThreadPoolExecutor(1, thread_name_prefix=self.name) as pool:
             return pool.submit(enter_and_call).result()
 
-    def connect(
-        self, address: str, port: int, *, timeout_s: float = CONNECT_TIMEOUT_S, congestion: str | None = None
-    ) -> socket.socket:
-        """A TCP connection from this host, made with `congestion` control where given."""
+    def connect(self, address: str, port: int, *, timeout_s: float = CONNECT_TIMEOUT_S) -> socket.socket:
+        """A TCP connection from this host."""
 
         def dial() -> socket.socket:
             connection = socket.socket()
             try:
-                if congestion is not None:
-                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion.encode())
                 connection.settimeout(timeout_s)
                 connection.connect((address, port))
             except BaseException:

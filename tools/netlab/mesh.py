@@ -80,12 +80,6 @@ class LabMesh(LocalMesh):
         self.await_up(daemon)
         return daemon
 
-    def join_on(self, host: Host, *flags: str) -> LabDaemon:
-        """Start a daemon that joins the first one's mesh, and wait until it is up."""
-        daemon = self.start_on(host, *flags, token=self.daemons[0].fresh_token())
-        self.await_up(daemon)
-        return daemon
-
     def on(self, node_id: str) -> LabDaemon:
         """The daemon with this id."""
         return cast(LabDaemon, next(daemon for daemon in self.daemons if daemon.node_id == node_id))

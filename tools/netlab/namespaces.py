@@ -77,9 +77,9 @@ def pids_in(name: str) -> list[int]:
         return []
 
 
-def namespaces(prefix: str = f"{PREFIX}-") -> list[str]:
-    """Names of the existing ones that start like this."""
-    return sorted(path.name for path in FOLDER.glob(f"{prefix}*"))
+def namespaces() -> list[str]:
+    """Names of the existing ones of any lab."""
+    return sorted(path.name for path in FOLDER.glob(f"{PREFIX}-*"))
 
 
 def remove_orphans() -> None:

@@ -271,7 +271,7 @@ class FakeNode:
                 )
                 self.send(src, failed)
         elif isinstance(message, Generate):
-            driver.submit(src, message, 0.0)
+            driver.submit(src, message)
         elif isinstance(message, StepResult):
             driver.on_result(message)
         else:

@@ -12,7 +12,6 @@ from daemon.peering import address
 from daemon.peering.address import (
     Address,
     default_listen_host,
-    free_port,
     is_loopback,
     listen_tcp,
     parse_address,
@@ -85,9 +84,3 @@ def test_a_host_without_a_network_listens_on_loopback(monkeypatch: pytest.Monkey
     monkeypatch.setattr(address.socket, "socket", _NoRoute)
 
     assert default_listen_host() == "127.0.0.1"
-
-
-def test_a_free_port_is_free() -> None:
-    port = free_port()
-    with listen_tcp("127.0.0.1", port, flag="--peer-port") as listener:
-        assert listener.getsockname()[1] == port

@@ -7,38 +7,23 @@ from typing import Any, cast
 
 import pytest
 
+from daemon.mesh_state import MeshState
 from daemon.models.inspection import layers_of
 from daemon.models.node_weights import HeldModel, NodeWeights
 from daemon.models.weight_cache import DEFAULT_SHARE, WeightCache
 from daemon.models.weight_fetch import FetchProgress
 from daemon.models.weight_peers import weight_peers
-from daemon.snapshot import MeshState
 from hexmesh.cluster import Device, Link
 from hexmesh.membership.records import DeviceFacts, LinkFacts, NodeRecord
 from hexmesh.weights.manifest import TensorEntry, make_manifest
+from tests.node_records import node_record
 
 MIB = 2**20
 
 
 def record(node: str, *, rate_to_me: float | None = None, has_all: bool = True) -> NodeRecord:
     links = () if rate_to_me is None else (LinkFacts(link=link(node, rate_to_me), measured_at_unix_s=0.0),)
-    return NodeRecord(
-        mesh_id="m",
-        node=node,
-        boot=1,
-        sequence=1,
-        made_at_unix_s=0.0,
-        name=f"name of {node}",
-        site="s",
-        peer_address="127.0.0.1:1",
-        dht_maddrs=(),
-        http_url=None,
-        hexmesh_version="0",
-        protocol_version=1,
-        model_id="m",
-        has_all_weights=has_all,
-        links=links,
-    )
+    return node_record(node, name=f"name of {node}", has_all_weights=has_all, links=links)
 
 
 def link(src: str, rate: float) -> Link:

@@ -8,32 +8,19 @@ from typing import Any, cast
 import pytest
 
 from daemon import orders
-from daemon.orders import NodeOrders, find_node
-from hexmesh.errors import InvalidInput, Lost, NoRoom, TimedOut
-from hexmesh.membership.records import Directory, KnownRecord, NodeRecord
+from daemon.orders import NodeOrders
+from hexmesh.errors import Lost, NoRoom, TimedOut
+from hexmesh.membership.records import Directory, KnownRecord
 from hexmesh.wire.orders import NodeOrder, NodeReply, NodeStanding, OrderAction
+from tests.node_records import node_record
 
-TOKYO, OSAKA, OTHER_OSAKA = "a" * 40, "b" * 40, "bbbb" + "c" * 36
+TOKYO, OSAKA = "a" * 40, "b" * 40
 
 
 def directory_of(**nodes: str) -> Directory:
     directory = Directory()
     for name, node in nodes.items():
-        record = NodeRecord(
-            mesh_id="m",
-            node=node,
-            boot=1,
-            sequence=1,
-            made_at_unix_s=0.0,
-            name=name.rstrip("_"),
-            site="s",
-            peer_address="127.0.0.1:1",
-            dht_maddrs=(),
-            http_url=None,
-            hexmesh_version="0",
-            protocol_version=1,
-            model_id="m",
-        )
+        record = node_record(node, name=name)
         directory.merge(KnownRecord(record=record, key_hash=b"", expires_at_unix_s=1e10, signed=b""))
     return directory
 
@@ -115,27 +102,3 @@ async def test_a_node_that_cannot_be_reached_or_is_silent_is_named(monkeypatch: 
         wire.is_cut = True
         with pytest.raises(Lost, match="osaka cannot be reached"):
             await wire.ends[TOKYO].give("osaka", "cordon")
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [("tokyo", TOKYO), (TOKYO, TOKYO), ("aaaa", TOKYO), (OTHER_OSAKA[:5], OTHER_OSAKA)],
-)
-def test_nodes_are_found_by_name_id_or_the_start_of_one(text: str, found: str) -> None:
-    directory = directory_of(tokyo=TOKYO, osaka=OSAKA, osaka_=OTHER_OSAKA)
-    assert find_node(directory, text).node == found
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("kyoto", "no node is called 'kyoto'"),
-        ("aaa", "no node is called 'aaa'"),
-        ("osaka", "2 nodes are called osaka"),
-        ("bbbb", "2 nodes are called bbbb"),
-    ],
-)
-def test_no_node_or_several_are_an_error(text: str, said: str) -> None:
-    directory = directory_of(tokyo=TOKYO, osaka=OSAKA, osaka_=OTHER_OSAKA)
-    with pytest.raises(InvalidInput, match=said):
-        find_node(directory, text)

@@ -16,11 +16,12 @@ from daemon.planning import MeshPlanner, NoPlan, PlannedModel
 from hexmesh.cluster import Availability, Device, Link
 from hexmesh.membership.coordination import Coordination
 from hexmesh.membership.outputs import PlanEnvelope, PlanWanted
-from hexmesh.membership.records import DeviceFacts, Directory, KnownRecord, LinkFacts, NodeRecord
+from hexmesh.membership.records import DeviceFacts, Directory, KnownRecord, LinkFacts
 from hexmesh.membership.timers import Timers
 from hexmesh.model_spec import model_spec_from_config
 from hexmesh.plan import Plan, decode_plan, digest_of
 from hexmesh.workload import Workload
+from tests.node_records import node_record
 
 MIB = 2**20
 IDS = {"tokyo": "a" * 40, "osaka": "b" * 40}
@@ -59,23 +60,8 @@ def record(
         )
         for to in links_to
     )
-    body = NodeRecord(
-        mesh_id="m",
-        node=IDS[name],
-        boot=1,
-        sequence=sequence,
-        made_at_unix_s=0.0,
-        name=name,
-        site="s",
-        peer_address="127.0.0.1:1",
-        dht_maddrs=(),
-        http_url=None,
-        hexmesh_version="0",
-        protocol_version=1,
-        model_id="m",
-        devices=(facts,),
-        links=links,
-        availability=availability,
+    body = node_record(
+        IDS[name], sequence=sequence, name=name, devices=(facts,), links=links, availability=availability
     )
     return KnownRecord(record=body, key_hash=b"", expires_at_unix_s=1e10, signed=b"")
 
@@ -92,9 +78,7 @@ def planner_over(*records: KnownRecord) -> tuple[MeshPlanner, Directory]:
 
 
 def wanted(reason: str = "first plan") -> PlanWanted:
-    return PlanWanted(
-        request_id=1, hosts=dict.fromkeys(IDS.values(), 1), reason=reason, current=None, excluded={}
-    )
+    return PlanWanted(request_id=1, hosts=dict.fromkeys(IDS.values(), 1), reason=reason, excluded={})
 
 
 async def test_a_plan_carries_its_digest_its_hosts_and_a_reason_with_names() -> None:
@@ -176,9 +160,7 @@ async def test_a_planners_bug_blocks_planning_and_ends_no_daemon(monkeypatch: py
             on_replan=lambda reason: None,
         )
         loop.attach(cast(Any, NoEpochs()))
-        await loop._plan(
-            PlanWanted(request_id=1, hosts={IDS["tokyo"]: 1}, reason="r", current=None, excluded={})
-        )
+        await loop._plan(PlanWanted(request_id=1, hosts={IDS["tokyo"]: 1}, reason="r", excluded={}))
     assert loop.blocked is not None
     assert loop.blocked.code == "planning_failed"
     assert "float division by zero" in loop.blocked.message

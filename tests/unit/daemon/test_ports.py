@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.peering.address import LOOPBACK, bound_address, free_port, listen_tcp
+from daemon.peering.address import LOOPBACK, bound_address, listen_tcp
 from daemon.trust.ports import Ports, port_to_bind
 from daemon.trust.state import StateFolder
 
@@ -25,7 +25,8 @@ def test_a_port_that_is_asked_for_is_taken_whatever_was_before() -> None:
 
 
 def test_any_port_means_the_one_from_before() -> None:
-    before = free_port()
+    with listen_tcp(LOOPBACK, 0, flag="") as free_again:
+        before = bound_address(free_again).port
     assert port_to_bind(LOOPBACK, 0, before, flag="--peer-port") == before
     assert port_to_bind(LOOPBACK, 0, 0, flag="--peer-port") == 0
 

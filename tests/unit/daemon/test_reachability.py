@@ -10,26 +10,18 @@ from daemon.reachability import CODE, find_apart
 from hexmesh.cluster import Device, Link
 from hexmesh.ids import NodeId
 from hexmesh.membership.records import DeviceFacts, Directory, KnownRecord, LinkFacts, NodeRecord
+from tests.node_records import node_record
 
 NOW_S = 1000.0
 
 
 def record(node: str, *linked: str, made_at_unix_s: float = NOW_S, dialable: bool = True) -> NodeRecord:
     device = Device(index=0, kind="cpu", name="c", budget_bytes=1, flops_per_s=1.0, bytes_per_s=1.0)
-    return NodeRecord(
-        mesh_id="m",
-        node=node,
-        boot=1,
-        sequence=1,
+    return node_record(
+        node,
         made_at_unix_s=made_at_unix_s,
         name=f"host-{node}",
-        site="s",
         peer_address=f"10.0.0.{ord(node[0])}:7701",
-        dht_maddrs=(),
-        http_url=None,
-        hexmesh_version="0",
-        protocol_version=1,
-        model_id="m",
         devices=(
             DeviceFacts(device=device, n_threads=1, flops_spread=0, bytes_spread=0, measured_at_unix_s=0),
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from daemon.snapshot import _request_state
+from daemon.mesh_views import _request_state
 from hexmesh.wire.control import Ballot, Epoch
 from hexmesh.wire.data import StepResult
 from tests.unit.daemon.fake_mesh import FakeMesh, answer_to, fake_mesh

@@ -12,7 +12,8 @@ from daemon.discovery.roster import Roster
 from daemon.trust.attestor import Attestor
 from hexmesh.identity.authority import MeshAuthority, request_certificate
 from hexmesh.identity.keys import NodeKey
-from hexmesh.membership.records import NodeRecord, sign_record
+from hexmesh.membership.records import sign_record
+from tests.node_records import node_record
 
 MESH = MeshAuthority.found(datetime.now(UTC))
 
@@ -33,20 +34,8 @@ def record(
 ) -> bytes:
     now_unix_s = time.time()
     subject = about or signer
-    facts = NodeRecord(
-        mesh_id=subject.mesh_id,
-        node=subject.node_id,
-        boot=1,
-        sequence=sequence,
-        made_at_unix_s=now_unix_s,
-        name=name,
-        site="s",
-        peer_address="127.0.0.1:1",
-        dht_maddrs=(),
-        http_url=None,
-        hexmesh_version="0",
-        protocol_version=1,
-        model_id="m",
+    facts = node_record(
+        subject.node_id, mesh_id=subject.mesh_id, sequence=sequence, made_at_unix_s=now_unix_s, name=name
     )
     return sign_record(facts, expires_at_unix_s=now_unix_s + lives_s, chain=signer.chain, sign=signer.sign)
 

@@ -18,14 +18,12 @@ from hexmesh.errors import InvalidInput, Refused
 from hexmesh.identity.authority import MeshAuthority, request_certificate, requesting_node
 from hexmesh.identity.certificates import (
     MemberIdentity,
-    chain_from_pem,
     check_root,
     dht_uri,
     issuer_name,
     mesh_id_of,
     node_uri,
     read_member,
-    to_pem,
     verify_member,
 )
 from hexmesh.identity.keys import NodeKey, node_id_of
@@ -255,14 +253,6 @@ def test_a_damaged_issuer_is_refused_and_nothing_else_happens() -> None:
             accepted.append(verify_member([leaf, certificate], MESH.root_der, NOW))
 
     assert accepted == []
-
-
-def test_pem_keeps_the_chain_in_order() -> None:
-    chain = [CERTIFICATE, MESH.root_der]
-
-    assert chain_from_pem(to_pem(chain)) == chain
-    with pytest.raises(InvalidInput):
-        chain_from_pem(b"nonsense")
 
 
 def test_a_request_proves_its_key() -> None:

@@ -18,6 +18,7 @@ from hexmesh.membership.reach import (
     unlinked_pairs,
 )
 from hexmesh.membership.records import DeviceFacts, LinkFacts, NodeRecord
+from tests.node_records import node_record
 
 
 @pytest.mark.parametrize(
@@ -111,20 +112,10 @@ def test_a_node_is_dialable_unless_more_fail_than_succeed() -> None:
 def record(node: str, *linked: str, dialable: bool = False, has_devices: bool = True) -> NodeRecord:
     device = Device(index=0, kind="cpu", name="c", budget_bytes=1, flops_per_s=1.0, bytes_per_s=1.0)
     facts = DeviceFacts(device=device, n_threads=1, flops_spread=0, bytes_spread=0, measured_at_unix_s=0)
-    return NodeRecord(
-        mesh_id="m",
-        node=node,
-        boot=1,
-        sequence=1,
-        made_at_unix_s=0.0,
+    return node_record(
+        node,
         name=node,
-        site="s",
         peer_address="10.0.0.1:7701",
-        dht_maddrs=(),
-        http_url=None,
-        hexmesh_version="0",
-        protocol_version=1,
-        model_id="m",
         devices=(facts,) if has_devices else (),
         links=tuple(
             LinkFacts(

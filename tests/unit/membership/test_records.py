@@ -81,7 +81,6 @@ def record(node: str = "a", **changes: Any) -> NodeRecord:
         "site": "here",
         "peer_address": "10.0.0.1:7701",
         "dht_maddrs": ("/ip4/10.0.0.1/tcp/7702/p2p/12D3KooW",),
-        "http_url": "http://10.0.0.1:7700",
         "hexmesh_version": "0.1.0",
         "protocol_version": 1,
         "model_id": "cd" * 32,
@@ -274,18 +273,6 @@ def test_order_of_arrival_does_not_matter() -> None:
     assert [(one.node, one.sequence) for one in there.records()] == [("a", 3), ("b", 3)]
 
 
-def test_records_outlive_their_expiration_for_a_while() -> None:
-    directory = Directory()
-    directory.merge(known(record("a")))
-    expiry_s = NOW_S + LIFETIME_S
-    assert directory.is_current("a", expiry_s)
-    assert not directory.is_current("a", expiry_s + 1)
-    assert not directory.is_current("b", NOW_S)
-    assert directory.expire(expiry_s + Directory.KEEP_S) == ()
-    assert directory.expire(expiry_s + Directory.KEEP_S + 1) == ("a",)
-    assert directory.records() == ()
-
-
 def test_a_cluster_holds_what_was_measured_among_those_asked_for() -> None:
     directory = Directory()
     directory.merge(known(record("a", links=(link("a", "b"), link("a", "c"), link("a", "z")))))
@@ -300,7 +287,6 @@ def test_a_cluster_holds_what_was_measured_among_those_asked_for() -> None:
         links=(link("a", "b").link, link("b", "a").link),
     )
     assert directory.cluster(["b", "a", "c", "missing", "a"]) == expected
-    assert directory.unready(["b", "missing", "a", "c"]) == ("c", "missing")
 
 
 def test_a_forgotten_node_is_gone() -> None:

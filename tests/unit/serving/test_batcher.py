@@ -22,7 +22,6 @@ def sequence(name: str, n_prompt: int, max_tokens: int = 4, stop: frozenset[int]
         max_tokens=max_tokens,
         stop_token_ids=stop,
         sampling=SamplingParams(),
-        arrived_s=0.0,
     )
 
 

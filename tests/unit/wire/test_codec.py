@@ -60,11 +60,11 @@ hello = st.builds(
 
 @given(generated, st.binary(max_size=50))
 def test_a_frame_carries_message_and_payload(message: Generated, payload: bytes) -> None:
-    stream = b"".join(bytes(part) for part in codec.DATA.frame(message, payload))
+    stream = b"".join(bytes(part) for part in codec.MEMBER.frame(message, payload))
 
     (frame,) = FrameDecoder().feed(stream)
 
-    assert (codec.DATA.decode(frame.header), bytes(frame.payload)) == (message, payload)
+    assert (codec.MEMBER.decode(frame.header), bytes(frame.payload)) == (message, payload)
 
 
 @given(hello)
@@ -126,7 +126,7 @@ def test_a_wrong_type_is_named() -> None:
     fields = msgspec.to_builtins(GENERATED) | {"attempt": "one"}
 
     with pytest.raises(InvalidInput, match=r"Expected `int`, got `str` - at `\$.attempt`"):
-        codec.DATA.decode(msgspec.msgpack.encode(fields))
+        codec.MEMBER.decode(msgspec.msgpack.encode(fields))
 
 
 @pytest.mark.parametrize("name", ["two\nlines", "\x1b[31mred", "x" * 257])
@@ -140,7 +140,7 @@ def test_names_from_others_fit_a_log_line(name: str) -> None:
 def test_newer_fields_are_skipped() -> None:
     fields = msgspec.to_builtins(GENERATED) | {"invented_later": [1, {"a": b"b"}]}
 
-    assert codec.DATA.decode(msgspec.msgpack.encode(fields)) == GENERATED
+    assert codec.MEMBER.decode(msgspec.msgpack.encode(fields)) == GENERATED
 
 
 def test_a_secret_is_not_shown() -> None:
@@ -171,4 +171,4 @@ def test_generate_is_data() -> None:
         sampling=SAMPLING,
     )
 
-    assert codec.DATA.decode(codec.encode(message)) == message
+    assert codec.MEMBER.decode(codec.encode(message)) == message

@@ -1,0 +1,184 @@
+"""What this node knows of the mesh, put together for those who act on it: routes, and whether requests can enter."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+
+import msgspec
+
+from daemon.coordinator import CoordinationLoop
+from daemon.epochs import Epochs, HeldEpoch
+from daemon.gateway import Gateway, Route
+from daemon.models.node_weights import NodeWeights
+from daemon.models.weight_fetch import FetchProgress
+from daemon.peering.peer_events import PeerInfo
+from daemon.reachability import find_apart
+from daemon.views import Blocker, Readiness
+from hexmesh.membership.members import MemberView as CoordinationMember
+from hexmesh.membership.records import Directory
+from hexmesh.plan import Plan
+from hexmesh.serving.router import broken_stages, choose_replica, whole_replicas
+from hexmesh.wire.control import Epoch
+from hexmesh.wire.data import ReplicaStats
+from hexmesh.wire.notice import PlanBlocked
+
+
+@dataclass(slots=True, kw_only=True)
+class MeshState:
+    """The parts that know something; each has its own owner, this only reads them."""
+
+    node_id: str
+    name: str
+    directory: Directory
+    coordination: CoordinationLoop
+    epochs: Epochs
+    gateway: Gateway
+    weights: NodeWeights
+    stats: dict[str, ReplicaStats]
+    loop_time: Callable[[], float]
+    rng: random.Random
+    peer_of: Callable[[str], PeerInfo | None]
+    """What connections tell of a node."""
+    starting: str | None
+    """What this node still does before it can take part; None once it does."""
+    is_leaving: bool = False
+
+    def plan_now(self) -> Plan | None:
+        return self.epochs.committed.plan if self.epochs.committed is not None else None
+
+    def stats_of(self, replica_id: str) -> ReplicaStats | None:
+        """What the replica does: this moment if it is driven here, else as its driver said last."""
+        held = self.epochs.committed
+        driver = held.drivers.get(replica_id) if held is not None else None
+        return driver.stats(time.monotonic()) if driver is not None else self.stats.get(replica_id)
+
+    def lost_nodes(self) -> frozenset[str]:
+        """Hosts of the committed plan that do not answer us now."""
+        plan = self.plan_now()
+        members = self.coordination.machine.members(self.loop_time())
+        if plan is None:
+            return frozenset()
+        return frozenset(node for node in plan.hosts if not _answers(members.get(node)))
+
+    def route(self, avoid: Set[tuple[Epoch, str]] = frozenset()) -> Route | None:
+        """Where a new request goes now, rather not to a replica to `avoid`; None when no replica is whole."""
+        held = self.epochs.committed
+        if held is None:
+            return None
+        replica = choose_replica(
+            held.plan,
+            n_requests=self._requests_by_replica(held),
+            lost_nodes=self.lost_nodes(),
+            avoid=self._broken(held) | {replica for epoch, replica in avoid if epoch == held.epoch},
+            here=self.node_id,
+            rng=self.rng,
+        )
+        if replica is None:
+            return None
+        nodes = frozenset(stage.node for stage in replica.stages)
+        return Route(held.epoch, replica.id, replica.driver, nodes)
+
+    def readiness(self) -> Readiness:
+        """Whether a request entering here can be routed end to end now, else why not."""
+        if self.is_leaving:
+            return _not_ready("leaving", "this node is leaving the mesh", "use another peer")
+        if self.whole_replica_ids():
+            return Readiness(ready=True, blocker=None)
+        blocked = self.coordination.blocked
+        apart = self._apart() if self.starting is None else None
+        if blocked is not None:
+            return Readiness(ready=False, blocker=_joined(blocker_of(blocked), apart))
+        if apart is not None:
+            return Readiness(ready=False, blocker=apart)
+        if self.starting is not None:
+            return _not_ready("starting", self.starting, "wait: hexmesh wait --ready")
+        if self.weights.progress is not None:
+            return self._fetching(self.weights.progress)
+        return self._unplanned()
+
+    def whole_replica_ids(self) -> set[str]:
+        """Replicas whose nodes all answer, and which their drivers run."""
+        held = self.epochs.committed
+        if held is None:
+            return set()
+        whole = {replica.id for replica in whole_replicas(held.plan, self.lost_nodes())}
+        return whole - self._broken(held)
+
+    def _broken(self, held: HeldEpoch) -> set[str]:
+        """Replicas that run nothing any more, as their drivers say."""
+        stats = (self.stats_of(replica.id) for replica in held.plan.replicas)
+        return {one.replica for one in stats if one is not None and one.is_broken}
+
+    def _requests_by_replica(self, held: HeldEpoch) -> dict[str, int]:
+        """As the drivers say, or as entered here and is not counted there yet."""
+        routes = (flight.route for flight in self.gateway.flights())
+        counts = Counter(route.replica for route in routes if route is not None and route.epoch == held.epoch)
+        for replica in held.plan.replicas:
+            stats = self.stats_of(replica.id)
+            if stats is not None:
+                n_known = stats.requests_running + stats.requests_waiting
+                counts[replica.id] = max(counts[replica.id], n_known)
+        return counts
+
+    def _fetching(self, progress: FetchProgress) -> Readiness:
+        blocker = Blocker(
+            code="fetching_weights",
+            message=f"this node fetches its stage's weights: {progress.one_line()}",
+            next_step="wait: hexmesh wait --ready",
+            needed_bytes=progress.total_bytes,
+            room_bytes=self.weights.room_bytes,
+        )
+        return Readiness(ready=False, blocker=blocker)
+
+    def _apart(self) -> Blocker | None:
+        """Members that run and are not connected, where this node knows of some."""
+        members = self.coordination.machine.members(self.loop_time())
+        alive = {node for node, member in members.items() if _answers(member)}
+        return find_apart(self.directory, self.peer_of, own=self.node_id, alive=alive, now_unix_s=time.time())
+
+    def _unplanned(self) -> Readiness:
+        plan = self.plan_now()
+        if plan is None:
+            holder = self.coordination.machine.coordinator
+            who = "no coordinator yet"
+            if holder is not None:
+                who = f"{self.directory.name_of(holder)} coordinates"
+            return _not_ready(
+                "no_plan", f"no plan is committed here yet; {who}", "wait: hexmesh wait --ready"
+            )
+        lost = {node for replica in plan.replicas for node in broken_stages(replica, self.lost_nodes())}
+        names = ", ".join(sorted(self.directory.name_of(node) for node in lost)) or "a stage"
+        return _not_ready(
+            "stage_lost", f"{names} cannot be reached; the mesh plans again", "retry in a few seconds"
+        )
+
+
+def _answers(member: CoordinationMember | None) -> bool:
+    return member is not None and (member.two_way or member.state == "self")
+
+
+def _not_ready(code: str, message: str, next_step: str) -> Readiness:
+    return Readiness(ready=False, blocker=Blocker(code=code, message=message, next_step=next_step))
+
+
+def blocker_of(blocked: PlanBlocked) -> Blocker:
+    """What the coordinator said, as readers see it."""
+    return Blocker(
+        code=blocked.code or "blocked",
+        message=blocked.message,
+        next_step=blocked.next_step,
+        needed_bytes=blocked.needed_bytes,
+        room_bytes=blocked.room_bytes,
+    )
+
+
+def _joined(blocker: Blocker, apart: Blocker | None) -> Blocker:
+    """What is missing for a plan; where members that run are not connected, that is to be mended first."""
+    if apart is None:
+        return blocker
+    message = f"{blocker.message}; {apart.message}"
+    return msgspec.structs.replace(blocker, code=apart.code, message=message, next_step=apart.next_step)
