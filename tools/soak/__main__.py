@@ -18,9 +18,7 @@ from tools.soak.soak import soak
 @click.option("--faults", "n_faults", default=100, show_default=True, help="How many kills, hangs and cuts.")
 @click.option("--clients", "n_clients", default=6, show_default=True, help="Streams at a time.")
 @click.option("--seed", default=1, show_default=True, help="The same seed draws the same faults.")
-@click.option(
-    "--logs", type=click.Path(path_type=Path), help="Where daemons' logs go when a promise was broken."
-)
+@click.option("--logs", type=click.Path(path_type=Path), help="Where the daemons' logs go.")
 def main(n_faults: int, n_clients: int, seed: int, logs: Path | None) -> None:
     """Run a soak and print its result as JSON."""
     started_s = time.monotonic()

@@ -44,6 +44,8 @@ class Outcome:
     took_s: float
     longest_gap_s: float
     """Between two tokens, or the request and its first one."""
+    gap_began_s: float
+    """When that was, on the monotonic clock."""
 
 
 @dataclass(slots=True)
@@ -117,13 +119,15 @@ def ask(daemon: LocalDaemon, question: Question, n_tokens: int) -> Outcome:
     if not whole or tokens != list(question.right_tokens[: len(tokens)]):
         verdict = "wrong tokens"
     times_s.append(time.monotonic())
+    longest_gap_s, gap_began_s = max((after - before, before) for before, after in pairwise(times_s))
     return Outcome(
         verdict=verdict,
         said=said,
         asked=daemon.name,
         n_tokens=len(tokens),
         took_s=times_s[-1] - times_s[0],
-        longest_gap_s=max(after - before for before, after in pairwise(times_s)),
+        longest_gap_s=longest_gap_s,
+        gap_began_s=gap_began_s,
     )
 
 

@@ -44,6 +44,7 @@ LATE_S = 120.0
 HEAL_TIMEOUT_S = 90.0
 """How long the mesh may take to be ready when everything has been put right."""
 SETTLE_TIMEOUT_S = 60.0
+N_GAPS_SHOWN = 5
 
 Tell = Callable[[str], None]
 
@@ -53,6 +54,7 @@ class Result:
     """What a soak found. `broken` lists promises that were broken, each in words."""
 
     seed: int
+    started_s: float = field(default_factory=time.monotonic)
     faults: list[str] = field(default_factory=list)
     heals_s: list[float] = field(default_factory=list)
     """From a fault's end until all four nodes were ready in one plan, where the soak waited for that."""
@@ -67,6 +69,7 @@ class Result:
             "requests": dict(sorted(Counter(one.verdict for one in self.outcomes).items())),
             "tokens": sum(one.n_tokens for one in self.outcomes),
             "longest_gap_s": _spread([one.longest_gap_s for one in exact]),
+            "longest_gaps": [self._show_gap(one) for one in _longest(exact)],
             "heal_s": _spread(self.heals_s),
             "reasons": dict(
                 Counter(one.said for one in self.outcomes if one.verdict != "exact").most_common(12)
@@ -74,9 +77,14 @@ class Result:
             "broken": self.broken,
         }
 
+    def _show_gap(self, one: Outcome) -> str:
+        return (
+            f"{one.longest_gap_s:.1f} s from {one.asked}, begun at {one.gap_began_s - self.started_s:.1f} s"
+        )
+
 
 def soak(*, n_faults: int, n_clients: int, seed: int, keep: Path | None, tell: Tell) -> Result:
-    """Run it. `keep` is where the daemons' logs go when a promise was broken."""
+    """Run it. `keep` is where the daemons' logs go."""
     result = Result(seed=seed)
     shared_before = shared_memory()
     questions = [_question(text) for text in TEXTS]
@@ -96,7 +104,7 @@ def soak(*, n_faults: int, n_clients: int, seed: int, keep: Path | None, tell: T
             _judge_leaks(scene, before, result)
         except HexmeshError as error:
             result.broken.append(error.one_line())
-        if result.broken and keep is not None:
+        if keep is not None:
             _keep_logs(mesh, keep)
     if left := shared_memory() - shared_before:
         result.broken.append(f"shared memory left: {sorted(left)}")
@@ -171,6 +179,10 @@ def _question(text: str) -> Question:
         if answer.margin > MIN_MARGIN:
             return Question(prompt, answer.tokens)
     raise ValueError(f"{text!r} has a near tie among its first {MOST_TOKENS // 4} tokens: ask something else")
+
+
+def _longest(outcomes: list[Outcome]) -> list[Outcome]:
+    return sorted(outcomes, key=lambda one: one.longest_gap_s, reverse=True)[:N_GAPS_SHOWN]
 
 
 def _line(index: int, n_faults: int, plan: Plan, took_s: float) -> str:
