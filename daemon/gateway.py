@@ -270,8 +270,10 @@ class Gateway:
 
     def _note_retry(self, flight: Flight, failed: GenerateFailed) -> None:
         assert flight.route is not None
-        flight.failed.add((flight.route.epoch, flight.route.replica))
-        if not failed.busy:
+        replica = (flight.route.epoch, flight.route.replica)
+        is_news = replica not in flight.failed
+        flight.failed.add(replica)
+        if is_news and not failed.busy:  # the same one is tried again while there is no other
             self._on_recovered()
             log.info(
                 "request replayed request=%s attempt=%d output_tokens=%d reason=%s",

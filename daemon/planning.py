@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from hexmesh.cluster import Availability, Cluster
@@ -105,24 +105,23 @@ class MeshPlanner:
         return answer if isinstance(answer, NoFit) else None
 
     async def plan(self, wanted: PlanWanted, current: Plan | None) -> PlanEnvelope | NoPlan:
-        """The plan for exactly the hosts that are wanted, or why there is none."""
+        """The plan for exactly the hosts that are wanted, or why there is none.
+
+        Facts on their way are waited for, but not while nothing serves and there is a plan without them.
+        """
         usable = wanted.hosts.keys() - wanted.excluded.keys()
         word = self._directory.availability(usable)
         barred = barred_hosts(word)
-        await self._wait_for_facts(usable - barred)
-        cluster = self._directory.cluster(usable)
-        self._used_facts = self._facts_of(usable)
+        is_waiting = current is None or _serves(current, usable)
+        if is_waiting:
+            await self._wait_for_facts(usable - barred)
         started_s = time.monotonic()
         reason = self._with_names(wanted.reason)
-        answer = await asyncio.to_thread(
-            self._search, _without(cluster, barred), wanted.hosts, reason, current
-        )
-        kept = kept_hosts(word, current) & barred
-        if isinstance(answer, NoFit) and kept:
-            barred -= kept
-            answer = await asyncio.to_thread(
-                self._search, _without(cluster, barred), wanted.hosts, reason, current
-            )
+        answer, barred = await self._answer(wanted, current, word)
+        if isinstance(answer, NoFit) and not is_waiting:
+            await self._wait_for_facts(usable - barred)
+            answer, barred = await self._answer(wanted, current, word)
+        cluster = self._directory.cluster(usable)
         search_s = time.monotonic() - started_s
         if isinstance(answer, NoFit):
             log.info("no plan fits search_s=%.3f %s", search_s, answer.message)
@@ -143,6 +142,25 @@ class MeshPlanner:
             idle=plan.idle_hosts(),
             load_estimate_s=load_s,
         )
+
+    async def _answer(
+        self, wanted: PlanWanted, current: Plan | None, word: Mapping[str, Availability]
+    ) -> tuple[Plan | NoFit, frozenset[str]]:
+        """The best plan by what is known now, and who got nothing by an operator's word."""
+        usable = wanted.hosts.keys() - wanted.excluded.keys()
+        cluster, barred = self._directory.cluster(usable), barred_hosts(word)
+        self._used_facts = self._facts_of(usable)
+        reason = self._with_names(wanted.reason)
+        answer = await asyncio.to_thread(
+            self._search, _without(cluster, barred), wanted.hosts, reason, current
+        )
+        kept = kept_hosts(word, current) & barred
+        if isinstance(answer, NoFit) and kept:
+            barred -= kept
+            answer = await asyncio.to_thread(
+                self._search, _without(cluster, barred), wanted.hosts, reason, current
+            )
+        return answer, barred
 
     def _with_names(self, reason: str) -> str:
         """Node ids in a reason as people know them."""
@@ -187,6 +205,11 @@ class MeshPlanner:
         return {(node.id, node.id) for node in cluster.nodes} | {
             (link.src, link.dst) for link in cluster.links
         }
+
+
+def _serves(plan: Plan, hosts: Set[str]) -> bool:
+    """Whether some replica of it has all its hosts yet."""
+    return any(all(stage.node in hosts for stage in replica.stages) for replica in plan.replicas)
 
 
 def _show_fact(src: str, dst: str) -> str:

@@ -22,6 +22,7 @@ from hexmesh.model_spec import model_spec_from_config
 from hexmesh.plan import Plan, decode_plan, digest_of
 from hexmesh.workload import Workload
 from tests.node_records import node_record
+from tests.unit.daemon.fake_mesh import even_plan
 
 MIB = 2**20
 IDS = {"tokyo": "a" * 40, "osaka": "b" * 40}
@@ -117,6 +118,16 @@ async def test_facts_on_their_way_are_waited_for() -> None:
     asyncio.get_running_loop().call_later(0.01, arrive)
     assert isinstance(await planner.plan(wanted(), None), PlanEnvelope)
     assert not planner.has_more_facts(IDS.values())
+
+
+async def test_facts_are_not_waited_for_while_nothing_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replica lost a host, and one that has just come back has no links yet."""
+    monkeypatch.setattr(planning, "FACTS_PATIENCE_S", 60.0)
+    alone = record("tokyo", memory_mib=60), record("osaka", memory_mib=60)
+    planner, _ = planner_over(*alone)
+    gone = even_plan(["f"], 8, "f")
+    async with asyncio.timeout(20):
+        assert isinstance(await planner.plan(wanted(), gone), PlanEnvelope)
 
 
 async def test_facts_that_come_too_late_are_a_reason_to_plan_again(monkeypatch: pytest.MonkeyPatch) -> None:
