@@ -8,7 +8,7 @@ from typing import Literal
 
 from hexmesh.membership.records import NodeRecord
 
-FIRST_CHECK_S = 20.0
+FIRST_CHECK_S = 2.0
 LONGEST_CHECK_S = 300.0
 NEWS_S = 2.0
 NEVER_S = float("-inf")

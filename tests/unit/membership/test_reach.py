@@ -57,8 +57,8 @@ def test_a_closed_way_is_checked_ever_more_seldom() -> None:
             way.failed("timed out", now_s)
     pauses_s = [later - earlier for earlier, later in pairwise(checks_s)]
     assert checks_s[0] == 100.0 + FIRST_CHECK_S
-    assert pauses_s[:4] == [40.0, 80.0, 160.0, LONGEST_CHECK_S]
-    assert set(pauses_s[4:]) == {LONGEST_CHECK_S}
+    assert pauses_s[:8] == [4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, LONGEST_CHECK_S]
+    assert set(pauses_s[7:]) == {LONGEST_CHECK_S}
 
 
 def test_news_and_success_begin_anew() -> None:
