@@ -117,11 +117,12 @@ class MeshPlanner:
             await self._wait_for_facts(usable - barred)
         started_s = time.monotonic()
         reason = self._with_names(wanted.reason)
-        answer, barred = await self._answer(wanted, current, word)
+        cluster = self._cluster_now(usable)
+        answer, barred = await self._answer(cluster, wanted, reason, current, word)
         if isinstance(answer, NoFit) and not is_waiting:
             await self._wait_for_facts(usable - barred)
-            answer, barred = await self._answer(wanted, current, word)
-        cluster = self._directory.cluster(usable)
+            cluster = self._cluster_now(usable)
+            answer, barred = await self._answer(cluster, wanted, reason, current, word)
         search_s = time.monotonic() - started_s
         if isinstance(answer, NoFit):
             log.info("no plan fits search_s=%.3f %s", search_s, answer.message)
@@ -143,14 +144,21 @@ class MeshPlanner:
             load_estimate_s=load_s,
         )
 
+    def _cluster_now(self, hosts: Set[str]) -> Cluster:
+        """What is known of `hosts` now; later facts are a reason to plan again."""
+        self._used_facts = self._facts_of(hosts)
+        return self._directory.cluster(hosts)
+
     async def _answer(
-        self, wanted: PlanWanted, current: Plan | None, word: Mapping[str, Availability]
+        self,
+        cluster: Cluster,
+        wanted: PlanWanted,
+        reason: str,
+        current: Plan | None,
+        word: Mapping[str, Availability],
     ) -> tuple[Plan | NoFit, frozenset[str]]:
-        """The best plan by what is known now, and who got nothing by an operator's word."""
-        usable = wanted.hosts.keys() - wanted.excluded.keys()
-        cluster, barred = self._directory.cluster(usable), barred_hosts(word)
-        self._used_facts = self._facts_of(usable)
-        reason = self._with_names(wanted.reason)
+        """The best plan over exactly this cluster, and who got nothing by an operator's word."""
+        barred = barred_hosts(word)
         answer = await asyncio.to_thread(
             self._search, _without(cluster, barred), wanted.hosts, reason, current
         )

@@ -130,6 +130,21 @@ async def test_facts_are_not_waited_for_while_nothing_serves(monkeypatch: pytest
         assert isinstance(await planner.plan(wanted(), gone), PlanEnvelope)
 
 
+async def test_a_plan_is_checked_against_what_it_was_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that comes during the search is for the next plan."""
+    planner, directory = planner_over(*two_nodes(memory_mib=60))
+    search = planner._search
+
+    def search_and_hear(*args: Any) -> Any:
+        answer = search(*args)
+        for known in two_nodes(memory_mib=1, sequence=2):
+            directory.merge(known)
+        return answer
+
+    monkeypatch.setattr(planner, "_search", search_and_hear)
+    assert isinstance(await planner.plan(wanted(), None), PlanEnvelope)
+
+
 async def test_facts_that_come_too_late_are_a_reason_to_plan_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "FACTS_PATIENCE_S", 0.01)
     planner, directory = planner_over(
