@@ -136,7 +136,7 @@ class CoordinationLoop:
     def broken(self, epoch: Epoch, reason: str) -> None:
         """Something of ours in `epoch` broke; if it is the committed one, a new plan is needed."""
         if epoch == self.machine.committed:
-            self.replan(reason)
+            self._feed(self.machine.complain(reason, self._loop.time()))
 
     def replan(self, reason: str) -> None:
         """Ask for a new plan over the same hosts."""

@@ -241,6 +241,10 @@ class Coordination:
             self._host.complain(reason, now_s)
         return self._finish(now_s)
 
+    def complain(self, reason: str, now_s: float) -> list[Output]:
+        """Ask for a new plan because something of this host's broke; the plan's reason names the host."""
+        return self.replan(reason if self._coordinator is None else f"node {self.node}: {reason}", now_s)
+
     def leave(self, now_s: float) -> list[Output]:
         """Leave gracefully: no plan uses this host any more; LeaveComplete says when to stop serving."""
         self._host.is_leaving = True

@@ -244,10 +244,16 @@ def test_a_host_may_complain_and_is_heeded_once() -> None:
     assert puppet.outputs(PlanWanted) == []
 
 
+def test_a_coordinators_own_complaint_names_it_as_others_do() -> None:
+    puppet, _, _ = decided("a")
+    puppet.last = puppet.machine.complain("stage 1 is gone", puppet.now_s)
+    assert puppet.outputs(PlanWanted)[-1].reason == f"node {puppet.machine.node}: stage 1 is gone"
+
+
 def test_a_complaint_stands_in_every_report_until_the_next_commit() -> None:
     puppet = Puppet()
     puppet.serve(ballot("a"), epoch("a"))
-    puppet.last = puppet.machine.replan("stage 1 is gone", puppet.now_s)
+    puppet.last = puppet.machine.complain("stage 1 is gone", puppet.now_s)
     complaint = Complaint(n=1, epoch=epoch("a"), reason="stage 1 is gone")
     assert [ack.report.complaint for ack in puppet.sent(Ack, "a")] == [complaint]
     puppet.prepare(ballot("a"), epoch("a", 2))
