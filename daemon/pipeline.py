@@ -20,8 +20,9 @@ from daemon.courier import Courier
 from hexmesh.errors import Busy, InvalidInput
 from hexmesh.ids import short
 from hexmesh.plan import Replica
-from hexmesh.serving.batcher import Batcher, BatchLimits, Emission, ScheduledRow, wire_row
+from hexmesh.serving.batcher import Batcher, BatchLimits, Emission, ScheduledRow
 from hexmesh.serving.blocks import BlockPool
+from hexmesh.serving.rows import wire_row
 from hexmesh.serving.sequence import Sequence, sequence_of
 from hexmesh.serving.watchdog import LOOK_S, SUSPECT_S, Patience, StepTimes
 from hexmesh.wire.control import Cert, Epoch

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hexmesh.errors import Busy, InvalidInput
 from hexmesh.serving.blocks import BlockPool
 from hexmesh.serving.sequence import Sequence
-from hexmesh.wire.data import FinishReason, Row, SampledToken
+from hexmesh.wire.data import FinishReason, SampledToken
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +187,3 @@ class Batcher:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-
-
-def wire_row(row: ScheduledRow) -> Row:
-    """The row as stages see it."""
-    return Row(
-        start=row.start,
-        n_tokens=row.n_tokens,
-        blocks=list(row.sequence.blocks),
-        sample=row.sequence.sampling if row.reaches_end else None,
-    )

@@ -29,8 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cost": FACTS | {"plan"},
     "serving": FACTS | {"plan", "wire"},
     "wire": FACTS | {"plan"},
-    "schedule": FACTS | {"plan", "cost"},
-    "runtime": FACTS | {"plan", "serving", "wire"},
+    "schedule": FACTS | {"plan", "cost", "native"},
+    "native": FOUNDATION,
+    "runtime": FACTS | {"plan", "serving", "wire", "native"},
     "membership": FACTS | {"wire"},
 }
 SOCKETS_CLOCKS_AND_TASKS = {

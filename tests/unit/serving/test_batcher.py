@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hexmesh.errors import Busy, InvalidInput
-from hexmesh.serving.batcher import Batcher, BatchLimits, wire_row
+from hexmesh.serving.batcher import Batcher, BatchLimits
 from hexmesh.serving.blocks import BlockPool
+from hexmesh.serving.rows import wire_row
 from hexmesh.serving.sequence import Sequence
 from hexmesh.wire.data import SampledToken, SamplingParams
 
