@@ -1,7 +1,9 @@
 """Where to cut the layers along a given order of devices.
 
-Among all cuts whose cycle stays within a limit: the one with the most KV blocks, then the one whose slowest
-stage is fastest. Both are found by bisection over an exact feasibility test, a DP of O(stages x layers^2).
+Among all cuts whose cycle stays within a limit: those whose slowest stage takes at most EVEN times the least
+possible, because with several steps in flight that stage sets the rate; of these the one with the most KV blocks,
+then the one whose slowest stage is fastest. All are found by bisection over an exact feasibility test, a DP of
+O(stages x layers^2).
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from itertools import pairwise
 import numpy as np
 
 from hexmesh.schedule.tables import Cut, Seconds, Tables
+
+EVEN = 1.1
+"""How much slower than need be the slowest stage may be for the sake of more KV."""
 
 
 def best_cut(
@@ -33,10 +38,14 @@ def best_cut(
 
     if not is_within(0, np.inf):
         return None
-    blocks = last_true(0, max_blocks, lambda n_blocks: is_within(n_blocks, np.inf))
-    times = np.unique(np.concatenate([step[np.isfinite(step)] for step in steps]))
-    faster = last_true(0, len(times) - 1, lambda skip: is_within(blocks, float(times[len(times) - 1 - skip])))
-    chosen = masked(blocks, float(times[len(times) - 1 - faster]))
+    times = np.unique(np.concatenate([step[np.isfinite(step)] for step in steps]))[::-1]
+
+    def fastest_slowest_s(min_blocks: int) -> float:
+        return float(times[last_true(0, len(times) - 1, lambda at: is_within(min_blocks, float(times[at])))])
+
+    even_s = EVEN * fastest_slowest_s(0)
+    blocks = last_true(0, max_blocks, lambda n_blocks: is_within(n_blocks, even_s))
+    chosen = masked(blocks, fastest_slowest_s(blocks))
     sums = _least_sums(chosen)
     return Cut(
         order=tuple(order),

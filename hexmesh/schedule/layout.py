@@ -1,11 +1,10 @@
 """Replicas laid out over the mesh's devices: which devices make a replica, in what order, with which layers.
 
 Maximises the sum of the replicas' decode rates b / C(b), where C(b) is the sum of all stage times and hops for
-b sequences: a replica has one batch in flight at a time, as the runtime drives its pipelines, and takes as many
-sequences at once as the workload says. Each stage is one device. Sums within TOLERANCE of the best count as
-equal, being below what measurements tell apart, and are decided by more replicas, fewer stages, then more KV
-blocks, then a faster slowest stage. Up to `held_karp.MAX_PLACES` devices the best sum is exact; beyond, see
-`replicas`.
+b sequences: what a replica gives with one step in flight. It takes as many sequences at once as the workload says.
+Each stage is one device. Sums within TOLERANCE of the best count as equal, being below what measurements tell
+apart, and are decided by more replicas, fewer stages, then an even pipeline (see `cuts`), more KV blocks, a faster
+slowest stage. Up to `held_karp.MAX_PLACES` devices the best sum is exact; beyond, see `replicas`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from hexmesh.cost import STEP_TOKENS, CostModel, StepLimits
 from hexmesh.errors import InvalidInput
 from hexmesh.model_spec import ModelSpec
 from hexmesh.plan import DtypeName, Flow, Plan, Replica, Stage, Unused
-from hexmesh.schedule.cuts import best_cut, cut_cycle_s, last_true
+from hexmesh.schedule.cuts import EVEN, best_cut, cut_cycle_s, last_true
 from hexmesh.schedule.explain import explain
 from hexmesh.schedule.held_karp import MAX_PLACES, SAME
 from hexmesh.schedule.misfit import NoFit, misfit, too_small, why_unusable
@@ -279,7 +278,7 @@ class _Searcher:
         return tuple(sorted(cuts, key=lambda cut: (-tables.rate_of(cut), cut.order)))
 
     def _cut(self, tables: Tables, found: Found) -> Cut:
-        """The cut with the most KV blocks, of all orders that were found; then the fastest one."""
+        """Of all orders that were found, the cut with an even pipeline, then the most KV blocks, then the fastest."""
         least_rate, max_blocks = found.least_rate * (1.0 - 2 * SAME), self.problem.max_blocks
         cuts = [
             best_cut(
@@ -291,8 +290,10 @@ class _Searcher:
             )
             for option in found.options
         ]
+        possible = [cut for cut in cuts if cut is not None]
+        even_s = EVEN * min(tables.slowest_s(cut) for cut in possible)
         return max(
-            (cut for cut in cuts if cut is not None),
+            (cut for cut in possible if tables.slowest_s(cut) <= even_s),
             key=lambda cut: (min(tables.room_of(cut), max_blocks), tables.rate_of(cut)),
         )
 

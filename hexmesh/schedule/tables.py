@@ -79,6 +79,10 @@ class Tables:
         """KV blocks that the tightest stage of a pipeline has room for."""
         return min(int(self.room_blocks[span]) for span in cut.spans())
 
+    def slowest_s(self, cut: Cut) -> float:
+        """Step seconds of a pipeline's slowest stage."""
+        return max(float(self.step_s[cut.batch, *span]) for span in cut.spans())
+
     def network_s(self, batch: int, order: Sequence[int]) -> float:
         """Hops and the way back of a pipeline over `order`."""
         hops = sum(float(self.hop_s[batch, a, b]) for a, b in pairwise(order))

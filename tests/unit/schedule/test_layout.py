@@ -14,6 +14,7 @@ from hexmesh.model_spec import ModelSpec, model_spec_from_config
 from hexmesh.plan import Plan
 from hexmesh.schedule import chains
 from hexmesh.schedule.check import check_plan
+from hexmesh.schedule.cuts import EVEN
 from hexmesh.schedule.layout import lay_out
 from hexmesh.schedule.misfit import NoFit
 from hexmesh.workload import Workload
@@ -331,23 +332,37 @@ def test_unequal_memory_gives_unequal_layers() -> None:
     assert layers["b"] > layers["a"]
 
 
-def test_what_is_equally_fast_is_cut_for_the_most_kv() -> None:
-    """Either node could hold half; the roomier one takes more layers, so that both hold more sequences."""
+def test_what_is_equally_fast_is_cut_evenly_and_then_for_the_most_kv() -> None:
+    """The roomier node would take more layers for the sake of KV; it takes no more than keeps the pipeline even."""
     spec, busy = _spec(), Workload(prompt_tokens=64, output_tokens=64, max_concurrent_sequences=64)
     cluster = _mesh(_node("a", 16 * MIB), _node("b", 26 * MIB))
     plan = _plan(_lay_out(cluster, spec, busy, max_model_tokens=1024))
     costs, (replica,) = _costs(spec, busy, 1024), plan.replicas
-    orders = itertools.permutations([(node, node.devices[0]) for node in cluster.nodes])
-    most = max(
-        min(
-            costs.room_blocks(start, stop, device)
-            for (_, device), (start, stop) in zip(order, itertools.pairwise(bounds), strict=True)
+    places = {node.id: node.devices[0] for node in cluster.nodes}
+
+    def slowest_s(order: tuple[str, ...], bounds: tuple[int, ...]) -> float:
+        return max(
+            costs.step_time(
+                places[node], start, stop, replica.predicted_batch, busy.mean_context_tokens
+            ).total_s
+            for node, (start, stop) in zip(order, itertools.pairwise(bounds), strict=True)
         )
-        for order in orders
+
+    def room(order: tuple[str, ...], bounds: tuple[int, ...]) -> int:
+        return min(
+            costs.room_blocks(start, stop, places[node])
+            for node, (start, stop) in zip(order, itertools.pairwise(bounds), strict=True)
+        )
+
+    options = [
+        (order, bounds)
+        for order in itertools.permutations(places)
         for bounds in _compositions(spec.n_layers, 2)
-    )
-    assert replica.kv_blocks == most
-    assert replica.stages[0].n_layers != replica.stages[1].n_layers
+        if room(order, bounds) >= replica.predicted_batch * costs.blocks_of(busy.mean_context_tokens)
+    ]
+    even_s = EVEN * min(slowest_s(*option) for option in options)
+    assert replica.kv_blocks == max(room(*option) for option in options if slowest_s(*option) <= even_s)
+    assert replica.kv_blocks < max(room(*option) for option in options)
 
 
 def test_equal_nodes_get_about_equal_shares() -> None:
