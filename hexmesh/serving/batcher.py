@@ -278,15 +278,13 @@ class Batcher:
         """
         assert 0 < n_rounds <= self.steps_until_change()
         self._last_step += n_rounds
-        emissions = []
-        for sequence in list(self._ready):
-            del self._ready[sequence]
+        drawing, self._ready = list(self._ready), {}
+        for sequence in drawing:
             sequence.tokens.extend([token.token_id] * (n_rounds - 1))
             is_grown = self.pool.grow(sequence.blocks, len(sequence.tokens))
             assert is_grown
-            row = ScheduledRow(sequence, len(sequence.tokens) - 1, 1, 1)
-            emissions.append(self._emit(row, [token], now_s))
-        return emissions
+        rows = [ScheduledRow(sequence, len(sequence.tokens) - 1, 1, 1) for sequence in drawing]
+        return [self._emit(row, [token], now_s) for row in rows]
 
     def _has_room_for(self, n_rounds: int) -> bool:
         """Whether all that decode can draw n_rounds more tokens without anyone giving way."""
