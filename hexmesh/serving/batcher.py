@@ -213,6 +213,7 @@ class Batcher:
 
         None with nothing in flight and work left means that other users of the pool hold its blocks.
         """
+        self.pool.end_leases(now_s)
         rows = self._decode_rows(-(-self.n_decoding // n_groups))
         self._take_up()
         n_decode_tokens = sum(row.n_tokens for row in rows)
@@ -248,7 +249,10 @@ class Batcher:
         return emissions
 
     def lose(self, step: int) -> None:
-        """It will not be answered: its rows, and what follows on them, are computed again."""
+        """It will not be answered: its rows, and what follows on them, are computed again.
+
+        Its blocks may go to others at once: should it run yet, then before the steps of those others.
+        """
         flight = self._in_flight.pop(step, None)
         if flight is not None:
             landed = {row.sequence: row for row in flight.batch.rows if self._lands(row, flight)}

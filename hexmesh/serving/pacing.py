@@ -2,10 +2,11 @@
 
 With n sequences in g groups of b = n / g, a round (one token for each sequence) takes
     max(g * slowest stage's time for b rows, all stages' time for b rows + network part of a round trip)
-and the fewest groups are wanted of those that make it nearly shortest. What a stage needs for b rows is learnt from
-recent steps, by size class, and fitted locally by a line; the network part is what a round trip takes beyond the
-stages' time, where steps queue least. Where all steps of late had one size, or one number of them was in flight, a
-few are sent in other groups, so that the rest is learnt.
+(both with what comes beside the b rows in a step, such as chunks of prompts), and the fewest groups are wanted of
+those that make it nearly shortest. What a stage needs for b rows is learnt from recent steps, by size class, and
+fitted locally by a line; the network part is what a round trip takes beyond the stages' time, where steps queue
+least. Where all steps of late had one size, or one number of them was in flight, a few are sent in other groups, so
+that the rest is learnt.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _STALE_STEPS = 2000
 _DOUBTFUL_STEPS = 200
 """And what is so old not where it does not explain what is observed."""
 _REFIT_STEPS = 16
+_NEWS = 0.05
+"""What one step weighs in a running mean."""
 _NEARLY = 0.005
 """Rounds that differ by less count as equally long."""
 _KEPT = 0.015
@@ -128,6 +131,8 @@ class Pacing:
         self._step = 0
         self._fitted_step = 0
         self._network_s = 0.0
+        self._n_beside = 0.0
+        """Tokens that a step carries of late beside one for each row: chunks of prompts, mostly."""
         self._sharpness = 100.0
         self._groups = 1
         self._for_decoding = 0
@@ -141,12 +146,17 @@ class Pacing:
         stage_seconds: Sequence[float],
         round_trip_s: float,
         n_in_flight: int,
+        queue_s: float = 0.0,
     ) -> None:
-        """A step was answered; `n_in_flight` steps were under way when it was sent, itself included."""
+        """A step was answered; `n_in_flight` steps were under way when it was sent, itself included.
+
+        `queue_s`: how much of its round trip it is known to have waited at stages for others.
+        """
         self._step += 1
+        self._n_beside += (n_tokens - n_rows - self._n_beside) * _NEWS
         for stage, seconds in zip(self._stages, stage_seconds, strict=True):
             stage.took(n_tokens, seconds, self._step)
-        rest_s = max(0.0, round_trip_s - sum(stage_seconds))
+        rest_s = max(0.0, round_trip_s - sum(stage_seconds) - queue_s)
         self._network.setdefault(n_in_flight, Recent()).add(rest_s, self._step)
 
     def groups(self, n_decoding: int) -> int:
@@ -173,7 +183,8 @@ class Pacing:
 
     def round_s(self, n_decoding: int, n_groups: int) -> float:
         """How long it takes to draw one token for each, in so many groups."""
-        slowest_s, _, all_s = self._times_s(n_decoding / n_groups, -(-n_decoding // n_groups))
+        n_mean, n_most = n_decoding / n_groups, -(-n_decoding // n_groups)
+        slowest_s, _, all_s = self._times_s(n_mean + self._n_beside, n_most + self._n_beside)
         compute_s, trip_s = n_groups * slowest_s, all_s + self._network_s
         longer_s = max(compute_s, trip_s)
         if longer_s <= 0:
@@ -182,7 +193,7 @@ class Pacing:
         evenness = math.pow(min(compute_s, trip_s) / longer_s, self._sharpness)
         return longer_s * math.pow(1 + evenness, 1 / self._sharpness)
 
-    def _times_s(self, n_mean: float, n_most: int) -> tuple[float, float, float]:
+    def _times_s(self, n_mean: float, n_most: float) -> tuple[float, float, float]:
         """The slowest stage's time for n_mean tokens; all stages' time for so many, and for n_most."""
         lines = [stage.line_at(n_mean) for stage in self._stages]
         each = [fixed_s + token_s * n_mean for fixed_s, token_s in lines]
@@ -211,7 +222,7 @@ class Pacing:
         recent = self._network.get(self._groups)
         if recent is None or not self._for_decoding:
             return False
-        slowest_s, all_s, _ = self._times_s(max(1.0, self._for_decoding / self._groups), 1)
+        slowest_s, all_s, _ = self._times_s(self._for_decoding / self._groups + self._n_beside, 1)
         explained_s = max(all_s + self._network_s, self._groups * slowest_s)
         return all_s + median(list(recent.values)[-_N_LATELY:]) > _UNEXPLAINED * explained_s
 
@@ -231,7 +242,7 @@ class Pacing:
 
     def _look_further(self, n_decoding: int) -> None:
         """Send the next few steps in other groups if what decides between them is not known."""
-        slowest_s, all_s, _ = self._times_s(n_decoding, n_decoding)
+        slowest_s, all_s, _ = self._times_s(n_decoding + self._n_beside, n_decoding)
         if all_s + self._network_s <= slowest_s * (1 + _KEPT):
             return  # one stage and a short way: nothing idles as it is
         most, fewer = min(n_decoding, MAX_GROUPS), self._groups - max(1, self._groups // 3)

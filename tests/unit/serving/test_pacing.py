@@ -83,6 +83,41 @@ def test_another_size_is_tried_where_all_steps_have_had_one() -> None:
     assert paced.groups(64) <= 2, "a stage takes as long for a quarter: four groups only make rounds longer"
 
 
+def test_groups_are_fewer_while_every_step_carries_prompts_too() -> None:
+    """Eight short steps hide the way; with a long chunk in each they would only wait for one another."""
+    paced = Pacing([0.01, 0.01], 16)
+
+    def run(n_beside: int) -> int:
+        for step in range(300):
+            n_groups = paced.groups(16)
+            n_tokens = 16 // n_groups + n_beside + step % 3
+            seconds = 0.002 + 0.001 * n_tokens
+            rest_s = max(0.04, n_groups * seconds - 2 * seconds)
+            paced.observe(16 // n_groups, n_tokens, [seconds, seconds], 2 * seconds + rest_s, n_groups)
+        return paced.groups(16)
+
+    assert run(n_beside=0) >= 6
+    assert run(n_beside=200) == 2
+
+
+def test_a_way_that_grows_shorter_is_noticed_soon_where_stages_tell_how_long_steps_waited() -> None:
+    paced = Pacing([0.1, 0.1], 8)
+
+    def run(way_s: float) -> int:
+        for _ in range(120):
+            n_groups = paced.groups(16)
+            n_rows = -(-16 // n_groups)
+            seconds = 0.002 + 0.001 * n_rows
+            queue_s = max(0.0, n_groups * seconds - 2 * seconds - way_s)
+            paced.observe(
+                n_rows, n_rows, [seconds, seconds], 2 * seconds + way_s + queue_s, n_groups, queue_s
+            )
+        return paced.groups(16)
+
+    assert run(0.1) >= 8
+    assert run(0.001) == 2
+
+
 def test_prompts_fill_the_stages_one_chunk_behind_the_other() -> None:
     near, far = Pacing([0.1, 0.1], 256), Pacing([0.1, 0.1], 256)
     assert near.prompt_depth(256) == 2
