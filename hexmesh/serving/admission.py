@@ -52,7 +52,7 @@ class Admission:
             n_after = n_running + len(started)
             if n_after >= max_running or n_refused == LOOK_AHEAD:
                 break
-            if self._waits_for_maker(sequence, last_step):
+            if sequence.reuses_prefix and self._waits_for_maker(sequence, last_step):
                 continue
             if self._start(sequence, n_after, last_step):
                 started.append(sequence)
@@ -92,7 +92,7 @@ class Admission:
     def _start(self, sequence: Sequence, n_running: int, last_step: int) -> bool:
         """Give it its blocks if there are enough, and one yet for each running sequence, so that those can grow."""
         pool = self._pool
-        known = pool.match(sequence.prefix, sequence.tokens)
+        known = pool.match(sequence.prefix, sequence.tokens) if sequence.reuses_prefix else []
         n_needed = pool.blocks_for(len(sequence.tokens)) - len(known) + pool.n_idle(known)
         if n_needed + n_running > pool.n_available:
             return False

@@ -17,74 +17,17 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import msgspec
-
 from hexmesh.errors import Busy, InvalidInput
 from hexmesh.serving.admission import Admission
 from hexmesh.serving.blocks import BlockPool
+from hexmesh.serving.micro_batch import BatchLimits, Emission, MicroBatch, ScheduledRow
 from hexmesh.serving.prefix import PrefixChain, first_link
 from hexmesh.serving.sequence import Sequence
 from hexmesh.serving.shares import prompt_shares
 from hexmesh.serving.turnover import Turnover
-from hexmesh.wire.data import MAX_STEP_ROWS, MAX_STEP_TOKENS, FinishReason, SampledToken
+from hexmesh.wire.data import FinishReason, SampledToken
 
-
-@dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """How much work one step and one queue may hold."""
-
-    step_tokens: int = 256
-    """Of decoding and prompts together. Prompts get a quarter of it at least, however many decode."""
-    max_running: int = 256
-    max_waiting: int = 1024
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_running <= MAX_STEP_ROWS or not 1 <= self.step_tokens <= MAX_STEP_TOKENS:
-            raise ValueError(
-                f"max_running {self.max_running} of {MAX_STEP_ROWS} at most, step_tokens {self.step_tokens} "
-                f"of {MAX_STEP_TOKENS} at most"
-            )
-
-
-class ScheduledRow(msgspec.Struct, frozen=True):
-    """A sequence's part of a step in flight: its tokens from position `start` on, then its drafts."""
-
-    sequence: Sequence
-    start: int
-    n_tokens: int
-    n_wanted: int
-    """How many tokens are to be drawn, after each of the row's last so many positions: 0 before a prompt's end."""
-    drafts: tuple[int, ...] = ()
-
-    @property
-    def reaches_end(self) -> bool:
-        return self.n_wanted > 0
-
-    @property
-    def token_ids(self) -> list[int]:
-        """What the first stage embeds."""
-        stop = self.start + self.n_tokens - len(self.drafts)
-        return [*self.sequence.tokens[self.start : stop], *self.drafts]
-
-
-class MicroBatch(msgspec.Struct, frozen=True):
-    """The rows of one step, in order."""
-
-    step: int
-    rows: list[ScheduledRow]
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(row.n_tokens for row in self.rows)
-
-
-class Emission(msgspec.Struct, frozen=True):
-    """Tokens that a sequence just drew; `first` counts its output tokens from 0."""
-
-    sequence: Sequence
-    first: int
-    tokens: list[SampledToken]
-    finish_reason: FinishReason | None
+__all__ = ["BatchLimits", "Batcher", "Emission", "MicroBatch", "ScheduledRow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +90,13 @@ class Batcher:
         """How many tokens each row that asked must bring, in row order; None if no such step is in flight."""
         flight = self._in_flight.get(step)
         return None if flight is None else [row.n_wanted for row in flight.batch.rows if row.n_wanted]
+
+    def counts(self, step: int, row: ScheduledRow) -> bool:
+        """Whether what this row of a step brings counts if the step is completed now, such as scores of its prompt."""
+        flight = self._in_flight.get(step)
+        if flight is None or row.sequence.is_over or row.sequence in flight.void:
+            return False
+        return row.start == row.sequence.n_computed
 
     def submit(self, sequence: Sequence, now_s: float) -> None:
         """Queue a sequence; one of the same id is cancelled.

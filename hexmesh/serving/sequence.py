@@ -27,6 +27,8 @@ class Sequence:
     """Nobody wants it after this time."""
     cache_salt: str = ""
     """Only sequences of one salt share blocks."""
+    reuses_prefix: bool = True
+    """Whether known blocks will do for its prompt; not where every position is to be computed, as for its scores."""
     drafts: list[int] = field(default_factory=list)
     """Tokens that may come next, for its next decode row to verify; set by whoever guesses, cleared once judged."""
     n_cached: int = 0

@@ -214,7 +214,9 @@ def test_a_lost_step_is_computed_again_and_so_is_what_followed_on_it() -> None:
     served.submit(sequence("a", 20), 0.0)
     first, second, third = (begin(served) for _ in range(3))
     end(served, first)
+    assert served.counts(second.step, second.rows[0])
     served.lose(second.step)
+    assert not served.counts(third.step, third.rows[0])
     assert end(served, third) == [], "it was computed on what the second should have left"
     assert served.awaited(second.step) is None
     again = begin(served)
@@ -238,6 +240,7 @@ def test_an_answer_that_overtakes_the_one_it_follows_on_does_not_count() -> None
     served = batcher(step_tokens=8)
     served.submit(sequence("a", 12), 0.0)
     first, second = begin(served), begin(served)
+    assert not served.counts(second.step, second.rows[0])
     assert end(served, second) == []
     end(served, first)
     assert rows_of(begin(served)) == [("a", 8, 4)]
@@ -348,6 +351,16 @@ def test_salts_keep_prefixes_apart() -> None:
     for salt in ("x", "y"):
         served.submit(sequence("a", list(range(10)), max_tokens=1, salt=salt), 0.0)
         assert step(served) == [("a", 0, 10)]
+
+
+def test_where_every_prompt_position_is_wanted_nothing_is_taken_from_the_cache() -> None:
+    served = batcher(block_tokens=4, step_tokens=8)
+    served.submit(sequence("a", list(range(10)), max_tokens=1), 0.0)
+    step(served)
+    scored = sequence("b", list(range(10)), max_tokens=1)
+    scored.reuses_prefix = False
+    served.submit(scored, 0.0)
+    assert ("b", 0, 6) in step(served)
 
 
 def test_equal_prompts_that_come_together_are_computed_once() -> None:
