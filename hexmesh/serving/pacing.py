@@ -245,6 +245,8 @@ class Pacing:
         slowest_s, all_s, _ = self._times_s(n_decoding + self._n_beside, n_decoding)
         if all_s + self._network_s <= slowest_s * (1 + _KEPT):
             return  # one stage and a short way: nothing idles as it is
+        if self._n_beside > n_decoding / self._groups:
+            return  # prompts fill every step up to the same size, whatever the groups
         most, fewer = min(n_decoding, MAX_GROUPS), self._groups - max(1, self._groups // 3)
         if self._stages[0].n_sizes_known(self._step) < 2:
             self._probe(2 * self._groups if 2 * self._groups <= most else self._groups // 2)

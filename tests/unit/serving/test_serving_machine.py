@@ -86,6 +86,7 @@ class ServingMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2),
         patience_s=st.sampled_from([3.0, float("inf")]),
         salt=st.sampled_from(["", "", "s"]),
+        reuses_prefix=st.sampled_from([True, True, True, False]),
         n_choices=st.sampled_from([1, 1, 3]),
         at=st.integers(0, 1),
     )
@@ -99,6 +100,7 @@ class ServingMachine(RuleBasedStateMachine):
         priority: int,
         patience_s: float,
         salt: str,
+        reuses_prefix: bool,
         n_choices: int,
         at: int,
     ) -> None:
@@ -115,6 +117,7 @@ class ServingMachine(RuleBasedStateMachine):
                 deadline_s=self.now_s + patience_s,
                 salt=salt,
             )
+            wanted.reuses_prefix = reuses_prefix
             self._submit(Asked(wanted, prompt, at))
 
     def _submit(self, asked: Asked) -> None:
@@ -182,6 +185,7 @@ class ServingMachine(RuleBasedStateMachine):
         assert batch.n_tokens <= self.limits.step_tokens * 5 // 4 + len(batch.rows) + 1
         for row in batch.rows:
             assert not row.sequence.is_over
+            assert row.sequence.reuses_prefix or row.sequence.n_cached == 0
             assert row.start + row.n_tokens <= len(row.sequence.blocks) * self.pool.block_tokens
             first, last = (at // self.pool.block_tokens for at in (row.start, row.start + row.n_tokens - 1))
             for block in row.sequence.blocks[first : last + 1]:
@@ -389,6 +393,6 @@ class ServingMachine(RuleBasedStateMachine):
 
 
 ServingMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
 )
 test_whatever_happens = ServingMachine.TestCase
