@@ -163,10 +163,8 @@ class Pacing:
         """How many steps to spread so many decoding sequences over."""
         if n_decoding <= 1 or not self._step:
             return 1
-        is_due = self._step - self._fitted_step >= min(_REFIT_STEPS, 1 + self._fitted_step // 4)
-        if is_due:
-            self._refit()
-        if is_due or not 7 * self._for_decoding <= 8 * n_decoding <= 9 * self._for_decoding:
+        is_refitted = self._refit_if_due()
+        if is_refitted or not 7 * self._for_decoding <= 8 * n_decoding <= 9 * self._for_decoding:
             self._choose(n_decoding)
         if self._step < self._probe_until:
             return min(self._probe_groups, n_decoding)
@@ -176,6 +174,7 @@ class Pacing:
         """How many steps of so many tokens, each a prompt's next, fill the pipeline."""
         if len(self._stages) == 1 and not self._step:
             return 1
+        self._refit_if_due()
         slowest_s, all_s, _ = self._times_s(n_tokens, n_tokens)
         if slowest_s <= 0:
             return 1
@@ -198,6 +197,12 @@ class Pacing:
         lines = [stage.line_at(n_mean) for stage in self._stages]
         each = [fixed_s + token_s * n_mean for fixed_s, token_s in lines]
         return max(each), sum(each), sum(fixed_s + token_s * n_most for fixed_s, token_s in lines)
+
+    def _refit_if_due(self) -> bool:
+        is_due = self._step - self._fitted_step >= min(_REFIT_STEPS, 1 + self._fitted_step // 4)
+        if is_due:
+            self._refit()
+        return is_due
 
     def _refit(self) -> None:
         for stage in self._stages:

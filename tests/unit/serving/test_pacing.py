@@ -124,7 +124,7 @@ def test_prompts_fill_the_stages_one_chunk_behind_the_other() -> None:
     for n_tokens in (256, 128) * 8:
         near.observe(1, n_tokens, [n_tokens / 2560] * 2, n_tokens / 1280 + 0.001, 1)
         far.observe(1, n_tokens, [n_tokens / 2560] * 2, n_tokens / 1280 + 0.2, 1)
-        near.groups(2)
-        far.groups(2)
+        near.prompt_depth(256)
+        far.prompt_depth(256)
     assert (near.prompt_depth(256), far.prompt_depth(256)) == (2, 4)
     assert Pacing([0.1], 256).prompt_depth(256) == 1
