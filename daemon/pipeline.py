@@ -20,7 +20,7 @@ from daemon.courier import Courier
 from hexmesh.errors import Busy, InvalidInput
 from hexmesh.ids import short
 from hexmesh.plan import Replica
-from hexmesh.serving.batcher import Batcher, BatchLimits, Emission, ScheduledRow
+from hexmesh.serving.batcher import Batcher, BatchLimits, Emission, MicroBatch
 from hexmesh.serving.blocks import BlockPool
 from hexmesh.serving.rows import wire_row
 from hexmesh.serving.sequence import Sequence, sequence_of
@@ -106,6 +106,7 @@ class ReplicaDriver:
         self._n_started_over = 0
         self._gateways: dict[str, str] = {}
         self._answer: asyncio.Future[StepResult | str] | None = None
+        self._batch: MicroBatch | None = None
         self._work = asyncio.Event()
         self._emitted: deque[tuple[float, int]] = deque()
         self._stage_seconds: deque[tuple[float, list[float]]] = deque()
@@ -131,7 +132,7 @@ class ReplicaDriver:
         self._batcher.cancel(message.sequence)
         try:
             self._check_tokens(message)
-            self._batcher.submit(sequence_of(message))
+            self._batcher.submit(sequence_of(message), time.monotonic())
         except Busy as busy:
             self._fail(gateway, message.sequence, message.attempt, busy.message, retry=True, busy=True)
         except InvalidInput as invalid:
@@ -186,6 +187,7 @@ class ReplicaDriver:
         self._n_started_over += 1
         for sequence in self._batcher.abandon():
             self._hand_back(sequence, reason)
+        self.pool.forget_cached()
         self._lose_step(reason)
 
     def link_reset(self, node: str) -> None:
@@ -196,7 +198,7 @@ class ReplicaDriver:
     def drain(self) -> None:
         """The epoch takes no new sequences any more: hand back those that no stage has seen yet."""
         self.draining = True
-        for sequence in [held for held in self._batcher.waiting if not held.cancelled]:
+        for sequence in self._batcher.waiting:
             self._batcher.cancel(sequence.id)
             self._hand_back(sequence, "the plan changed")
 
@@ -208,7 +210,7 @@ class ReplicaDriver:
         self.epoch, self._cert, self.replica = epoch, cert, replica
         self.has_moved = self._answer is None or self._answer.done()
         self._is_known = False
-        if self.is_idle:
+        if self.is_idle and not self.pool.n_cached:
             self._pools = []
 
     def epoch_released(self) -> None:
@@ -233,12 +235,12 @@ class ReplicaDriver:
         """Step until closed."""
         while self.broken is None:
             await self._work.wait()
-            rows = self._batcher.next_step() if self.broken is None else []
-            if not rows:
+            batch = self._batcher.next_step(time.monotonic(), 1) if self.broken is None else None
+            if batch is None:
                 self._work.clear()
                 self._on_idle()
                 continue
-            await self._step(rows)
+            await self._step(batch)
 
     def stats(self, now_s: float) -> ReplicaStats:
         """What this replica does just now."""
@@ -249,7 +251,7 @@ class ReplicaDriver:
             requests_running=len(self._batcher.running),
             requests_waiting=len(self._batcher.waiting),
             kv_blocks_total=self._batcher.pool.n_blocks,
-            kv_blocks_free=self._batcher.pool.n_free,
+            kv_blocks_free=self._batcher.pool.n_available,
             tokens_per_s=sum(n for _, n in self._emitted) / window,
             stage_busy=[
                 min(1.0, sum(seconds[index] for _, seconds in self._stage_seconds) / window)
@@ -258,14 +260,16 @@ class ReplicaDriver:
             is_broken=self.broken is not None,
         )
 
-    async def _step(self, rows: list[ScheduledRow]) -> None:
+    async def _step(self, batch: MicroBatch) -> None:
         started_s = time.monotonic()
-        result = await self._answered(rows)
+        self._batch = batch
+        result = await self._answered(batch)
         if result is None:
             return
         now_s = time.monotonic()
         self._note_stages(result)
-        emissions = self._batcher.complete(result.sampled)
+        answers = [[token] for token in result.sampled]
+        emissions = self._batcher.complete(batch.step, answers, now_s)
         self._hand_out(emissions)
         self._account(result, emissions, started_s, now_s)
 
@@ -277,14 +281,14 @@ class ReplicaDriver:
             self.has_moved = True
             self._on_idle()
 
-    async def _answered(self, rows: list[ScheduledRow]) -> StepResult | None:
+    async def _answered(self, batch: MicroBatch) -> StepResult | None:
         """The step's result; None when the replica was closed meanwhile."""
         n_started_over = self._n_started_over
         for _ in range(MAX_RESENDS):
             self.steps_run += 1
             self._answer = asyncio.get_running_loop().create_future()
-            self._courier.send(self._courier.node_id, self._message(rows), _token_ids(rows))
-            answer = await self._awaited(self._answer, sum(row.n_tokens for row in rows))
+            self._courier.send(self._courier.node_id, self._message(batch), _token_ids(batch))
+            answer = await self._awaited(self._answer, batch.n_tokens)
             if answer is None or self.broken is not None or self._n_started_over != n_started_over:
                 return None
             if isinstance(answer, StepResult):
@@ -325,8 +329,8 @@ class ReplicaDriver:
         if self._answer is not None and not self._answer.done():
             self._answer.set_result(reason)
 
-    def _message(self, rows: list[ScheduledRow]) -> Step:
-        opens = any(row.start == 0 for row in rows)
+    def _message(self, batch: MicroBatch) -> Step:
+        opens = any(row.start <= row.sequence.n_cached for row in batch.rows)
         return Step(
             epoch=self.epoch,
             cert=self._cert if opens or not self._is_known else None,
@@ -335,7 +339,7 @@ class ReplicaDriver:
             stage=0,
             step=self.steps_run,
             driver=self._courier.node_id,
-            rows=[wire_row(row) for row in rows],
+            rows=[wire_row(row) for row in batch.rows],
         )
 
     def _hand_out(self, emissions: Iterable[Emission]) -> None:
@@ -349,8 +353,8 @@ class ReplicaDriver:
             generated = Generated(
                 sequence=sequence.id,
                 attempt=sequence.attempt,
-                first=emission.index,
-                tokens=[emission.token],
+                first=emission.first,
+                tokens=emission.tokens,
                 finish_reason=emission.finish_reason,
             )
             self._courier.send(gateway, generated)
@@ -362,7 +366,7 @@ class ReplicaDriver:
         started_s: float,
         now_s: float,
     ) -> None:
-        self._emitted.append((now_s, len(emissions)))
+        self._emitted.append((now_s, sum(len(emission.tokens) for emission in emissions)))
         self._stage_seconds.append((now_s, result.stage_seconds))
         self._recent(now_s)
         self._on_step(StepTrace(self.replica.id, now_s - started_s, result.stage_seconds))
@@ -376,8 +380,10 @@ class ReplicaDriver:
 
     def _result_fault(self, result: StepResult) -> str | None:
         """Why this cannot be the answer to the step in flight."""
-        if len(result.sampled) != self._batcher.n_awaited_tokens:
-            return f"{len(result.sampled)} tokens where {self._batcher.n_awaited_tokens} were asked for"
+        assert self._batch is not None
+        n_awaited = sum(self._batcher.awaited(self._batch.step) or ())
+        if len(result.sampled) != n_awaited:
+            return f"{len(result.sampled)} tokens where {n_awaited} were asked for"
         if any(not 0 <= token.token_id < self._vocab_size for token in result.sampled):
             return f"a token outside the vocabulary of {self._vocab_size}"
         if len(result.stage_seconds) != len(self.replica.stages):
@@ -424,9 +430,9 @@ class ReplicaDriver:
         self._courier.send(gateway, failed)
 
 
-def _token_ids(rows: list[ScheduledRow]) -> bytes:
+def _token_ids(batch: MicroBatch) -> bytes:
     """The int64 ids (n_tokens,) that the first stage embeds, in row order."""
     ids = array("q")
-    for row in rows:
-        ids.extend(row.sequence.tokens[row.start : row.start + row.n_tokens])
+    for row in batch.rows:
+        ids.extend(row.token_ids)
     return ids.tobytes()

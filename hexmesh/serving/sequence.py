@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+from hexmesh.serving.prefix import PrefixChain
 from hexmesh.wire.data import FinishReason, Generate, SampledToken, SamplingParams
 
 
@@ -19,25 +21,66 @@ class Sequence:
     max_tokens: int
     stop_token_ids: frozenset[int]
     sampling: SamplingParams
+    priority: int = 0
+    """The lower, the sooner."""
+    deadline_s: float = math.inf
+    """Nobody wants it after this time."""
+    cache_salt: str = ""
+    """Only sequences of one salt share blocks."""
+    reuses_prefix: bool = True
+    """Whether known blocks will do for its prompt; not where every position is to be computed, as for its scores."""
+    drafts: list[int] = field(default_factory=list)
+    """Tokens that may come next, for its next decode row to verify; set by whoever guesses, cleared once judged."""
+    n_cached: int = 0
+    """Prompt tokens that were found in the prefix cache when it was first taken up."""
+
+    # What follows is its batcher's.
+    rank: tuple[int, int] = (0, 0)
+    """Priority, then order of arrival; the least goes first."""
     n_computed: int = 0
-    """Positions whose KV lies in this sequence's blocks."""
+    """Positions whose KV is known to lie in this sequence's blocks."""
+    n_scheduled: int = 0
+    """Positions that are computed, or will be by the steps in flight."""
+    n_in_flight: int = 0
+    """Rows of this sequence in steps in flight, those included whose results do not count any more."""
+    last_step: int = 0
+    """The newest step that it was in, or that had been formed when it was taken up."""
     blocks: list[int] = field(default_factory=list)
-    cancelled: bool = False
+    n_sealed: int = 0
+    """How many of them carry a name."""
+    prefix: PrefixChain = field(init=False)
+    """Set when it is submitted."""
+    is_taken_up: bool = False
+    """Whether it ever ran."""
+    is_over: bool = False
+    """Ended, cancelled or dropped: what steps in flight bring for it is ignored."""
 
     @property
     def n_output(self) -> int:
         return len(self.tokens) - self.n_prompt
 
     @property
-    def n_to_compute(self) -> int:
-        return len(self.tokens) - self.n_computed
+    def n_to_schedule(self) -> int:
+        return len(self.tokens) - self.n_scheduled
+
+    def start_from(self, n_sealed: int, n_computed: int, last_step: int) -> None:
+        """Begin to run with what its first blocks are known to hold."""
+        self.n_sealed, self.n_computed, self.n_scheduled, self.last_step = (
+            n_sealed,
+            n_computed,
+            n_computed,
+            last_step,
+        )
+        if not self.is_taken_up:
+            self.is_taken_up = True
+            self.n_cached = min(n_computed, self.n_prompt)
 
     def accept(self, sampled: SampledToken) -> FinishReason | None:
         """Append a drawn token; the reason when it was the last one."""
         self.tokens.append(sampled.token_id)
         if sampled.token_id in self.stop_token_ids:
             return "stop"
-        if self.n_output >= self.max_tokens:
+        if len(self.tokens) - self.n_prompt >= self.max_tokens:
             return "length"
         return None
 

@@ -151,7 +151,7 @@ async def test_two_plans_share_one_pool_without_sharing_blocks() -> None:
         assert await asyncio.gather(*new) == answers(40)
         driver = mesh.nodes["a"].driver()
         await until(lambda: driver.is_idle)
-        assert driver.pool.n_free == 24
+        assert driver.pool.n_available == 24
 
 
 async def test_a_broken_replicas_memory_is_not_shared_with_the_next_plan() -> None:
