@@ -35,6 +35,8 @@ _NEARLY = 0.005
 """Rounds that differ by less count as equally long."""
 _KEPT = 0.015
 """The number of groups is changed for no smaller gain than this."""
+_WORTH = 0.1
+"""For no smaller gain, at best, is anything tried."""
 _REACH = 1.5
 """How far a size class bears on the fit at another size, in powers of two."""
 _FIXED_SHARE = 0.5
@@ -130,6 +132,7 @@ class Pacing:
         """Round trips less the stages' time, by steps in flight."""
         self._step = 0
         self._fitted_step = 0
+        self._chosen_step = 0
         self._network_s = 0.0
         self._n_beside = 0.0
         """Tokens that a step carries of late beside one for each row: chunks of prompts, mostly."""
@@ -163,8 +166,11 @@ class Pacing:
         """How many steps to spread so many decoding sequences over."""
         if n_decoding <= 1 or not self._step:
             return 1
-        is_refitted = self._refit_if_due()
-        if is_refitted or not 7 * self._for_decoding <= 8 * n_decoding <= 9 * self._for_decoding:
+        self._refit_if_due()
+        if (
+            self._chosen_step < self._fitted_step
+            or not 7 * self._for_decoding <= 8 * n_decoding <= 9 * self._for_decoding
+        ):
             self._choose(n_decoding)
         if self._step < self._probe_until:
             return min(self._probe_groups, n_decoding)
@@ -198,11 +204,9 @@ class Pacing:
         each = [fixed_s + token_s * n_mean for fixed_s, token_s in lines]
         return max(each), sum(each), sum(fixed_s + token_s * n_most for fixed_s, token_s in lines)
 
-    def _refit_if_due(self) -> bool:
-        is_due = self._step - self._fitted_step >= min(_REFIT_STEPS, 1 + self._fitted_step // 4)
-        if is_due:
+    def _refit_if_due(self) -> None:
+        if self._step - self._fitted_step >= min(_REFIT_STEPS, 1 + self._fitted_step // 4):
             self._refit()
-        return is_due
 
     def _refit(self) -> None:
         for stage in self._stages:
@@ -232,6 +236,7 @@ class Pacing:
         return all_s + median(list(recent.values)[-_N_LATELY:]) > _UNEXPLAINED * explained_s
 
     def _choose(self, n_decoding: int) -> None:
+        self._chosen_step = self._fitted_step
         self._for_decoding = n_decoding
         self._groups = self._best_groups(n_decoding)
         if self._step >= self._probe_until + 2 * self._groups:
@@ -248,8 +253,8 @@ class Pacing:
     def _look_further(self, n_decoding: int) -> None:
         """Send the next few steps in other groups if what decides between them is not known."""
         slowest_s, all_s, _ = self._times_s(n_decoding + self._n_beside, n_decoding)
-        if all_s + self._network_s <= slowest_s * (1 + _KEPT):
-            return  # one stage and a short way: nothing idles as it is
+        if self._groups == 1 and all_s + self._network_s <= slowest_s * (1 + _WORTH):
+            return  # one stage and a short way: hardly anything idles
         if self._n_beside > n_decoding / self._groups:
             return  # prompts fill every step up to the same size, whatever the groups
         most, fewer = min(n_decoding, MAX_GROUPS), self._groups - max(1, self._groups // 3)
