@@ -352,6 +352,15 @@ class ServingMachine(RuleBasedStateMachine):
                     assert sent.is_given_up or set(order.blocks) <= set(order.sequence.blocks)
 
     @invariant()
+    def a_known_block_holds_what_its_name_says(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        for replica in self.replicas:
+            for held in replica.batcher.running:
+                known = held.blocks[: held.n_sealed]
+                assert self._contents(known) == held.tokens[: held.n_sealed * self.pool.block_tokens]
+
+    @invariant()
     def eviction_takes_no_block_before_those_that_follow_on_it(self) -> None:
         """Among cached blocks: whoever found a block knows all those before it too."""
         if not hasattr(self, "pool"):
