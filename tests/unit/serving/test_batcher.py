@@ -408,6 +408,25 @@ def test_one_does_not_wait_for_another_that_does_not_get_on() -> None:
     assert [held.id for held in served.running] == ["first", "a", "short", "b"]
 
 
+def test_a_block_computed_twice_is_given_back_once_no_step_reads_it() -> None:
+    served = batcher(block_tokens=4, step_tokens=8)
+    served.submit(sequence("a", list(range(18)), max_tokens=1), 0.0)
+    while served.has_work:
+        step(served)
+    twice = sequence("b", list(range(18)), max_tokens=9)
+    twice.reuses_prefix = False
+    served.submit(twice, 0.0)
+    batches = [begin(served) for _ in range(3)]
+    own = list(twice.blocks)
+    end(served, batches[0])
+    end(served, batches[1])
+    assert twice.blocks == own, "the third reads them"
+    end(served, batches[2])
+    known = served.pool.match(twice.prefix, twice.tokens)
+    assert twice.blocks[:4] == known
+    assert not set(known) & set(own[:4])
+
+
 def test_a_block_is_known_once_its_step_was_answered_and_no_sooner() -> None:
     served = batcher(block_tokens=4, step_tokens=8)
     served.submit(sequence("a", list(range(18)), max_tokens=1), 0.0)
@@ -422,12 +441,12 @@ def test_a_block_is_known_once_its_step_was_answered_and_no_sooner() -> None:
 
 
 def test_a_block_for_each_that_runs_is_left_when_another_is_let_in() -> None:
-    served = batcher(n_blocks=6, block_tokens=4)
+    served = batcher(n_blocks=8, block_tokens=4)
     for name in "ab":
         served.submit(sequence(name, 4, max_tokens=9), 0.0)
     step(served)
     served.submit(sequence("c", 9, max_tokens=1), 0.0)
-    assert "c" not in [name for name, _, _ in step(served)], "its three blocks would leave one for two"
+    assert "c" not in [name for name, _, _ in step(served)], "its three blocks would leave one to two"
 
 
 def test_a_more_important_one_waits_for_blocks_of_a_less_important_one_in_flight() -> None:
