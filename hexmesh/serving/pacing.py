@@ -75,8 +75,6 @@ class StageTimes:
         """Tokens and seconds, by size class."""
         self._points: list[tuple[float, float, float, int]] = []
         """log2(tokens), tokens and seconds of each size class, and how often it was seen."""
-        self.spread = 0.0
-        """How much equal steps differ: median deviation by median."""
 
     def took(self, n_tokens: int, seconds: float, step: int) -> None:
         """A step of so many tokens took so long."""
@@ -92,9 +90,6 @@ class StageTimes:
         for tokens, times in self._sizes.values():
             n_tokens, seconds = sum(tokens.values) / len(tokens.values), median(times.values)
             self._points.append((math.log2(n_tokens), n_tokens, seconds, len(times.values)))
-        _, times = max(self._sizes.values(), key=lambda seen: len(seen[1].values))
-        usual_s = median(times.values)
-        self.spread = median(abs(seconds - usual_s) for seconds in times.values) / max(usual_s, 1e-9)
 
     def n_sizes_known(self, step: int) -> int:
         """How many size classes were seen often enough."""
@@ -136,7 +131,6 @@ class Pacing:
         self._network_s = 0.0
         self._n_beside = 0.0
         """Tokens that a step carries of late beside one for each row: chunks of prompts, mostly."""
-        self._sharpness = 100.0
         self._groups = 1
         self._for_decoding = 0
         self._probe_groups = 0
@@ -190,13 +184,7 @@ class Pacing:
         """How long it takes to draw one token for each, in so many groups."""
         n_mean, n_most = n_decoding / n_groups, -(-n_decoding // n_groups)
         slowest_s, _, all_s = self._times_s(n_mean + self._n_beside, n_most + self._n_beside)
-        compute_s, trip_s = n_groups * slowest_s, all_s + self._network_s
-        longer_s = max(compute_s, trip_s)
-        if longer_s <= 0:
-            return 0.0
-        # where both are about equal, each waits for the other's slower steps
-        evenness = math.pow(min(compute_s, trip_s) / longer_s, self._sharpness)
-        return longer_s * math.pow(1 + evenness, 1 / self._sharpness)
+        return max(n_groups * slowest_s, all_s + self._network_s)
 
     def _times_s(self, n_mean: float, n_most: float) -> tuple[float, float, float]:
         """The slowest stage's time for n_mean tokens; all stages' time for so many, and for n_most."""
@@ -212,7 +200,6 @@ class Pacing:
         for stage in self._stages:
             stage.refit(self._step)
         self._fitted_step = self._step
-        self._sharpness = 1 / max(0.01, max(stage.spread for stage in self._stages))
         self._network = {n: recent for n, recent in self._network.items() if recent.is_fresh(self._step)}
         self._network_s = self._shortest_way_s()
         if self._is_way_longer():
