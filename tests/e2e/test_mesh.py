@@ -279,7 +279,7 @@ async def test_a_full_queue_says_when_to_come_back_and_empties_when_clients_leav
             async with session.post(f"{mesh.daemons[at % 3].url}/generate", json=body) as response:
                 return response.status
 
-        asked = [asyncio.create_task(ask(at)) for at in range(110)]
+        asked = [asyncio.create_task(ask(at)) for at in range(560)]
         done, waiting = await asyncio.wait(asked, timeout=60, return_when=asyncio.FIRST_COMPLETED)
         assert {task.result() for task in done} == {429}
         async with session.post(f"{mesh.daemons[0].url}/generate", json=body) as response:
