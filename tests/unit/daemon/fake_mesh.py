@@ -120,7 +120,8 @@ class FakeWorker:
         tokens = array("q", bytes(payload))
         sampled = []
         for row in order.rows:
-            sampled += self._run_row(pool, row, [tokens.pop(0) for _ in range(row.n_tokens)])
+            answer = self._run_row(pool, row, [tokens.pop(0) for _ in range(row.n_tokens)])
+            sampled += [answer] if answer else []
         return StepDone(stage=order.stage, step=order.step, compute_s=0.001, sampled=sampled), bytes(payload)
 
     def _run_row(self, pool: dict[tuple[int, int], int], row: Row, tokens: list[int]) -> list[SampledToken]:

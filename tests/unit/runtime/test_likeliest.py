@@ -1,0 +1,46 @@
+"""The largest logits by chunks are those of a plain sort, whatever the vocabulary's size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hexmesh.runtime.likeliest import Peaks, slices, take_rows
+
+
+@pytest.mark.parametrize("vocab_size", [1, 63, 64, 65, 1000, 20_001])
+@pytest.mark.parametrize("n", [1, 20, 256])
+def test_the_likeliest_are_those_of_a_sort(vocab_size: int, n: int) -> None:
+    logits = torch.randperm(3 * vocab_size, generator=torch.Generator().manual_seed(n)).float().view(3, -1)
+    n = min(n, vocab_size)
+
+    peaks = Peaks(logits)
+    values, ids = peaks.likeliest(n)
+
+    expected = logits.sort(dim=-1, descending=True)
+    assert torch.equal(values, expected.values[:, :n])
+    assert torch.equal(ids, expected.indices[:, :n])
+    assert peaks.first().tolist() == expected.indices[:, 0].tolist()
+
+
+def test_of_equals_the_first_is_the_likeliest() -> None:
+    logits = torch.zeros(2, 300)
+    logits[1, [70, 71, 299]] = 1.0
+
+    assert Peaks(logits).first().tolist() == [0, 70]
+
+
+def test_slices_hold_every_row_once() -> None:
+    rows = list(range(3, 40))
+
+    portions = list(slices(rows, 2**18, torch.device("cpu")))
+
+    assert [row for portion in portions for row in portion] == rows
+    assert max(map(len, portions)) == 4
+
+
+def test_rows_in_line_are_not_copied() -> None:
+    logits = torch.randn(4, 10)
+
+    assert take_rows(logits, [1, 2]).data_ptr() == logits[1].data_ptr()
+    assert torch.equal(take_rows(logits, [0, 2, 3]), logits[[0, 2, 3]])
