@@ -64,7 +64,7 @@ class Peaks:
 
     def likeliest(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The n largest logits of each row, falling, and their tokens: (n_rows, n) each."""
-        if n >= self._maxima.shape[1]:
+        if 2 * n >= self._maxima.shape[1]:
             found = self.logits.topk(n, dim=-1)
             return found.values, found.indices
         values, ids = self._of_chunks(self._maxima.topk(n, dim=-1, sorted=False).indices)

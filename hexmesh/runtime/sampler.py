@@ -7,48 +7,24 @@ worked on together, a few at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import torch
 
+from hexmesh.runtime.draw import Draw
 from hexmesh.runtime.likeliest import Peaks, chunk_of, chunked, slices, take_rows
+from hexmesh.runtime.logit_edits import edited
 from hexmesh.runtime.logprobs import token_logprobs
+from hexmesh.runtime.nucleus import nucleus
 from hexmesh.runtime.philox import uniforms
 from hexmesh.wire.data import MAX_LOGPROBS, SampledToken, SamplingParams
 
-_CANDIDATES = (256, 4096)
-"""How many of the likeliest tokens are looked at; a top-p or top-k that they do not fill looks further."""
-_NONE = np.zeros(0, dtype=np.int64)
+_CANDIDATES = (64, 512)
+"""How many of the likeliest tokens are looked at for a top-p, one after the other, before all are."""
 
-Kind = Literal["greedy", "plain", "ordered"]
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """What one row of logits is drawn with; `position` is the drawn token's own."""
-
-    params: SamplingParams
-    position: int
-    seen: np.ndarray = field(default_factory=lambda: _NONE)
-    """Distinct tokens of prompt and output, for the repetition penalty."""
-    output: np.ndarray = field(default_factory=lambda: _NONE)
-    """Distinct tokens of the output, for presence and frequency penalty; `counts` says how often each came."""
-    counts: np.ndarray = field(default_factory=lambda: _NONE)
-    barred: list[int] = field(default_factory=list)
-    """Tokens that may not be drawn."""
-
-    @property
-    def has_edits(self) -> bool:
-        """Whether it changes logits before the temperature does."""
-        return self.params.needs_past or bool(self.params.logit_bias or self.barred)
-
-    @property
-    def kind(self) -> Kind:
-        if self.params.temperature == 0:
-            return "greedy"
-        return "ordered" if self.params.top_k > 0 or self.params.top_p < 1.0 else "plain"
+Kind = tuple[Literal["greedy", "plain", "top_k", "top_p"], int]
+"""How rows are drawn, and for top-k on how many candidates."""
 
 
 def sample(logits: torch.Tensor, draws: list[Draw]) -> list[SampledToken]:
@@ -56,30 +32,43 @@ def sample(logits: torch.Tensor, draws: list[Draw]) -> list[SampledToken]:
     tokens = [0] * len(draws)
     by_kind: dict[Kind, list[int]] = {}
     for index, draw in enumerate(draws):
-        by_kind.setdefault(draw.kind, []).append(index)
+        by_kind.setdefault(_kind_of(draw.params, logits.shape[1]), []).append(index)
     for kind, rows in by_kind.items():
         for portion in slices(rows, logits.shape[1], logits.device):
             picked = _choose(kind, take_rows(logits, portion), [draws[index] for index in portion])
-            for index, token in zip(portion, picked, strict=True):
-                tokens[index] = token
+            _put(tokens, portion, picked)
     return _with_logprobs(logits, tokens, [draw.params for draw in draws])
+
+
+def _kind_of(params: SamplingParams, vocab_size: int) -> Kind:
+    """Rows of one kind are drawn in the same way."""
+    if params.temperature == 0:
+        return "greedy", 0
+    if params.top_k > 0:
+        return "top_k", _n_candidates(params, vocab_size)
+    return ("top_p" if params.top_p < 1.0 else "plain"), 0
 
 
 def _choose(kind: Kind, logits: torch.Tensor, draws: list[Draw]) -> list[int]:
     """A token for each row; `logits` are left as they are."""
-    peaks = Peaks(_edited(logits, draws))
-    if kind == "greedy":
+    peaks = Peaks(edited(logits, draws))
+    if kind[0] == "greedy":
         found: list[int] = peaks.first().tolist()
         return found
     params = [draw.params for draw in draws]
     seeds, choices = [one.seed for one in params], [one.choice for one in params]
     u = _column(uniforms(seeds, choices, [draw.position for draw in draws]), logits)
-    return _choose_plain(peaks, params, u) if kind == "plain" else _choose_ordered(peaks, params, u)
+    match kind[0]:
+        case "plain":
+            return _choose_plain(_apply_min_p(_weights(peaks, params), params), u)
+        case "top_k":
+            return _choose_top_k(peaks, params, u)
+        case "top_p":
+            return _choose_top_p(peaks, params, u)
 
 
-def _choose_plain(peaks: Peaks, params: list[SamplingParams], u: torch.Tensor) -> list[int]:
-    """No top-k or top-p: over the vocabulary in its own order, first to the chunk and then to the token."""
-    weights = _apply_min_p(_weights(peaks, params), params)
+def _choose_plain(weights: torch.Tensor, u: torch.Tensor) -> list[int]:
+    """By unnormalised probabilities in the vocabulary's own order, first to the chunk and then to the token."""
     upto_chunk = chunked(weights, torch.sum).double().cumsum(dim=-1)
     target = u * upto_chunk[:, -1:]
     chunk = _place(upto_chunk, target)
@@ -90,60 +79,70 @@ def _choose_plain(peaks: Peaks, params: list[SamplingParams], u: torch.Tensor) -
     return found
 
 
-def _choose_ordered(peaks: Peaks, params: list[SamplingParams], u: torch.Tensor) -> list[int]:
-    """Top-k and top-p on candidates in falling order, more of them for the rows whose filters reach beyond."""
+def _choose_top_k(peaks: Peaks, params: list[SamplingParams], u: torch.Tensor) -> list[int]:
+    """Top-k, and top-p of what it leaves: on as many candidates as the kind of these rows says."""
+    weights, ids = _candidates(peaks, params, _n_candidates(params[0], peaks.logits.shape[1]))
+    weights = _apply_top_k(weights, params)
+    kept, _ = _apply_top_p(weights, weights.sum(dim=-1, keepdim=True), params)
+    return _choose_candidate(kept, ids, params, u)
+
+
+def _choose_top_p(peaks: Peaks, params: list[SamplingParams], u: torch.Tensor) -> list[int]:
+    """Top-p alone: on the likeliest tokens, and for rows whose nucleus is wider, on more of them and then on all."""
+    weights = _weights(peaks, params)
+    total = chunked(weights, torch.sum).double().sum(dim=-1, keepdim=True)
     tokens = [0] * len(params)
-    vocab_size = peaks.logits.shape[1]
-    total = _total(peaks, params)
     left = list(range(len(params)))
-    for n_candidates in (*(n for n in _CANDIDATES if n < vocab_size), vocab_size):
-        tried = [row for row in left if n_candidates == vocab_size or params[row].top_k <= n_candidates]
-        if not tried:
-            continue
-        chosen = [params[row] for row in tried]
-        picked, is_enough = _choose_candidate(peaks.of(tried), chosen, total[tried], u[tried], n_candidates)
-        for row, token in zip(tried, picked, strict=True):
-            tokens[row] = token
-        done = {row for row, is_done in zip(tried, is_enough, strict=True) if is_done}
-        left = [row for row in left if row not in done]
+    for n in _CANDIDATES:
+        if left:
+            chosen = [params[row] for row in left]
+            candidates, ids = _candidates(peaks.of(left), chosen, min(n, weights.shape[1]))
+            kept, is_enough = _apply_top_p(candidates, total[left], chosen)
+            _put(tokens, left, _choose_candidate(kept, ids, chosen, u[left]))
+            left = [row for row, enough in zip(left, is_enough, strict=True) if not enough]
+    if left:
+        chosen = [params[row] for row in left]
+        kept = _apply_min_p(nucleus(weights[left], total[left], [one.top_p for one in chosen]), chosen)
+        _put(tokens, left, _choose_plain(kept, u[left]))
     return tokens
 
 
-def _choose_candidate(
-    peaks: Peaks, params: list[SamplingParams], total: torch.Tensor, u: torch.Tensor, n_candidates: int
-) -> tuple[list[int], list[bool]]:
-    """A token for each row, and whether so many candidates suffice to say so."""
-    logits, ids = peaks.likeliest(n_candidates)
-    weights = ((logits - peaks.top) / _temperatures(params, logits)).double().exp_()
-    kept, is_enough = _apply_top_k_top_p(weights, total, params)
-    upto = _apply_min_p(kept, params).cumsum(dim=-1)
-    place = _place(upto, u * upto[:, -1:])
-    return ids.gather(1, place)[:, 0].tolist(), is_enough.tolist()
+def _n_candidates(params: SamplingParams, vocab_size: int) -> int:
+    """More than top-k, in few sizes: a row's draw must not depend on its neighbours' top-k."""
+    return min(vocab_size, max(_CANDIDATES[0], 1 << params.top_k.bit_length()))
 
 
-def _apply_top_k_top_p(
-    weights: torch.Tensor, total: torch.Tensor, params: list[SamplingParams]
+def _candidates(
+    peaks: Peaks, params: list[SamplingParams], n_candidates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights of candidates in falling order, 0 where filtered; and whether the candidates suffice.
+    """Unnormalised probabilities of each row's likeliest tokens in falling order, and the tokens."""
+    logits, ids = peaks.likeliest(n_candidates)
+    return ((logits - peaks.top) / _temperatures(params, logits)).double().exp_(), ids
 
-    `total` is the weight of the whole vocabulary: without top-k, top-p is a share of all of it. Tokens as likely as
-    the last one of top-k stay, as in transformers.
-    """
-    n_candidates = weights.shape[1]
-    last = torch.tensor(
-        [min(one.top_k or n_candidates, n_candidates) - 1 for one in params], device=weights.device
-    )
-    least = weights.gather(1, last[:, None])
-    has_top_k = torch.tensor([one.top_k > 0 for one in params], device=weights.device)[:, None]
-    weights = torch.where(has_top_k & (weights < least), 0.0, weights)
-    total = torch.where(has_top_k, weights.sum(dim=-1, keepdim=True), total)
+
+def _choose_candidate(
+    weights: torch.Tensor, ids: torch.Tensor, params: list[SamplingParams], u: torch.Tensor
+) -> list[int]:
+    upto = _apply_min_p(weights, params).cumsum(dim=-1)
+    found: list[int] = ids.gather(1, _place(upto, u * upto[:, -1:]))[:, 0].tolist()
+    return found
+
+
+def _apply_top_k(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """Zero what is less likely than the k-th token; tokens as likely as that stay, as in transformers."""
+    last = torch.tensor([min(one.top_k, weights.shape[1]) - 1 for one in params], device=weights.device)
+    return weights.masked_fill(weights < weights.gather(1, last[:, None]), 0.0)
+
+
+def _apply_top_p(
+    weights: torch.Tensor, total: torch.Tensor, params: list[SamplingParams]
+) -> tuple[torch.Tensor, list[bool]]:
+    """Candidates in falling order up to a share of `total`, the others 0; and whether they hold that share."""
     top_p = _column([one.top_p for one in params], weights)
     share = weights.cumsum(dim=-1) / total
-    share_before = share - weights / total
-    is_first = torch.arange(n_candidates, device=weights.device) == 0
-    is_kept = (share_before < top_p) | is_first | (top_p >= 1.0)
-    is_enough = has_top_k | (share[:, -1:] >= top_p)
-    return weights * is_kept, is_enough[:, 0]
+    is_first = torch.arange(weights.shape[1], device=weights.device) == 0
+    is_kept = (share - weights / total < top_p) | is_first | (top_p >= 1.0)
+    return weights * is_kept, (share[:, -1] >= top_p[:, 0]).tolist()
 
 
 def _apply_min_p(weights: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
@@ -166,11 +165,9 @@ def _temperatures(params: list[SamplingParams], like: torch.Tensor) -> torch.Ten
     return _column([one.temperature for one in params], like).float()
 
 
-def _total(peaks: Peaks, params: list[SamplingParams]) -> torch.Tensor:
-    """The weight of each row's whole vocabulary (n_rows, 1); not computed where top-k makes it unnecessary."""
-    if all(one.top_k > 0 for one in params):
-        return peaks.top.new_ones(len(params), 1, dtype=torch.float64)
-    return chunked(_weights(peaks, params), torch.sum).double().sum(dim=-1, keepdim=True)
+def _put(tokens: list[int], rows: list[int], picked: list[int]) -> None:
+    for row, token in zip(rows, picked, strict=True):
+        tokens[row] = token
 
 
 def _place(upto: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -182,50 +179,6 @@ def _place(upto: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def _column(values: list[float] | np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(values, dtype=torch.float64).to(like.device)[:, None]
-
-
-def _edited(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
-    """Bias, repetition, presence and frequency penalty, and barred tokens, on a copy where there are any."""
-    if not any(draw.has_edits for draw in draws):
-        return logits
-    logits = logits.clone()
-    _add(logits, [[bias for _, bias in draw.params.logit_bias] for draw in draws], _bias_tokens(draws))
-    _divide_seen(logits, draws)
-    presence = [draw.params.presence_penalty + draw.params.frequency_penalty * draw.counts for draw in draws]
-    _add(logits, [-taken for taken in presence], [draw.output for draw in draws])
-    rows, tokens = _places([draw.barred for draw in draws], logits.device)
-    logits[rows, tokens] = -torch.inf
-    return logits
-
-
-def _bias_tokens(draws: list[Draw]) -> list[list[int]]:
-    return [[token for token, _ in draw.params.logit_bias] for draw in draws]
-
-
-def _divide_seen(logits: torch.Tensor, draws: list[Draw]) -> None:
-    rows, tokens = _places([draw.seen for draw in draws], logits.device)
-    penalty = torch.tensor([draw.params.repetition_penalty for draw in draws], device=logits.device)[rows]
-    before = logits[rows, tokens]
-    logits[rows, tokens] = torch.where(before < 0, before * penalty, before / penalty)
-
-
-def _add(
-    logits: torch.Tensor,
-    amounts: list[list[float]] | list[np.ndarray],
-    tokens: list[list[int]] | list[np.ndarray],
-) -> None:
-    places = _places(tokens, logits.device)
-    added = np.concatenate([np.asarray(one, dtype=np.float32) for one in amounts])
-    logits.index_put_(places, torch.from_numpy(added).to(logits.device), accumulate=True)
-
-
-def _places(
-    tokens: list[list[int]] | list[np.ndarray], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and tokens of an index into logits, for the tokens of each row."""
-    rows = np.repeat(np.arange(len(tokens)), [len(one) for one in tokens])
-    flat = np.concatenate([np.asarray(one, dtype=np.int64) for one in tokens])
-    return torch.from_numpy(rows).to(device), torch.from_numpy(flat).to(device)
 
 
 def _with_logprobs(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hexmesh.runtime.likeliest import Peaks, slices, take_rows
+from hexmesh.runtime.nucleus import nucleus
 
 
 @pytest.mark.parametrize("vocab_size", [1, 63, 64, 65, 1000, 20_001])
@@ -44,3 +45,18 @@ def test_rows_in_line_are_not_copied() -> None:
 
     assert take_rows(logits, [1, 2]).data_ptr() == logits[1].data_ptr()
     assert torch.equal(take_rows(logits, [0, 2, 3]), logits[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("top_p", [0.001, 0.3, 0.9, 0.999999])
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 30.0])
+def test_a_nucleus_found_without_sorting_is_that_of_a_sort(top_p: float, spread: float) -> None:
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(2)) * spread
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+    total = weights.double().sum(dim=-1, keepdim=True)
+
+    kept = nucleus(weights, total, [top_p] * 3)
+
+    falling = weights.double().sort(dim=-1, descending=True).values
+    n_needed = (falling.cumsum(dim=-1) - falling < top_p * total).sum(dim=-1)
+    least = falling.gather(1, n_needed[:, None] - 1)
+    assert torch.equal(kept, weights.masked_fill(weights < least, 0.0))

@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from hexmesh.runtime import sampler
+from hexmesh.runtime.draw import Draw
 from hexmesh.runtime.logprobs import score
 from hexmesh.runtime.philox import philox4x32, uniforms
-from hexmesh.runtime.sampler import Draw, sample
+from hexmesh.runtime.sampler import sample
 from hexmesh.wire.data import MAX_LOGPROBS, SamplingParams, ScoredToken
 
 FILTERS = {

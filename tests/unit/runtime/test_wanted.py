@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hexmesh.errors import InvalidInput
-from hexmesh.runtime.draws import MAX_LOGITS, wanted_of
+from hexmesh.runtime.wanted import MAX_LOGITS, wanted_of
 from hexmesh.serving.past import PastTokens
 from hexmesh.wire.data import Barred, Past, Row, SamplingParams, Scoring
 from hexmesh.wire.token_lists import pack_numbers

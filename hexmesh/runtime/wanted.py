@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from hexmesh.errors import InvalidInput
+from hexmesh.runtime.draw import Draw
 from hexmesh.runtime.logprobs import score
-from hexmesh.runtime.sampler import Draw, sample
+from hexmesh.runtime.sampler import sample
 from hexmesh.wire.data import Barred, Past, Row, SampledToken, SamplingParams, ScoredToken, Scoring
 from hexmesh.wire.token_lists import unpack_numbers, unpack_tokens
 
