@@ -73,14 +73,15 @@ def _draws(row: Row, params: SamplingParams, vocab_size: int) -> Iterator[Draw]:
     """One draw where each draft stands, and one after the row's last token."""
     first = row.start + row.n_tokens - len(row.drafts)
     barred = row.barred or Barred(token_ids=[])
-    _check_tokens(barred.token_ids, vocab_size)
+    # An end that the vocabulary lacks, as some models' configs name one, is not drawn anyway.
+    ends = [token for token in barred.token_ids if token < vocab_size]
     _check_tokens([token for token, _ in params.logit_bias], vocab_size)
     past = _SeenTokens(row.past or Past(), params, vocab_size) if params.needs_past else None
     for n_drafts in range(len(row.drafts) + 1):
         yield Draw(
             params,
             first + n_drafts,
-            barred=barred.token_ids if n_drafts < barred.n_draws else [],
+            barred=ends if n_drafts < barred.n_draws else [],
             **({} if past is None else past.after(row.drafts[:n_drafts])),
         )
 

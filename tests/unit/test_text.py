@@ -356,7 +356,6 @@ def test_a_stop_string_counts_where_it_ends_after_what_may_not_stop(
         (end, -len(s)) for end in range(n_exempt + 1, len(text) + 1) for s in stop if text[:end].endswith(s)
     ]
     end, negative_length = min(ends, default=(len(text), 0))
-    # Its beginning may be shown already, where that was no possible start of another stop string.
     assert shown == text[: end + negative_length]
     assert (scanner.matched is None) == (not ends)
 

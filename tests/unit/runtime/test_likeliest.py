@@ -24,6 +24,14 @@ def test_the_likeliest_are_those_of_a_sort(vocab_size: int, n: int) -> None:
     assert peaks.first().tolist() == expected.indices[:, 0].tolist()
 
 
+@pytest.mark.parametrize("vocab_size", [65, 20_001])
+def test_the_last_token_may_be_the_likeliest(vocab_size: int) -> None:
+    logits = torch.arange(vocab_size).float()[None]
+
+    assert Peaks(logits).first().tolist() == [vocab_size - 1]
+    assert Peaks(logits).likeliest(3)[1].tolist() == [[vocab_size - 1, vocab_size - 2, vocab_size - 3]]
+
+
 def test_of_equals_the_first_is_the_likeliest() -> None:
     logits = torch.zeros(2, 300)
     logits[1, [70, 71, 299]] = 1.0

@@ -61,6 +61,12 @@ def test_an_answers_ends_are_barred_for_as_many_draws_as_it_lacks() -> None:
     assert [draw.barred for draw in wanted_of([sent], V).draws] == [[0, 1], [0, 1], [], []]
 
 
+def test_an_end_that_the_vocabulary_lacks_needs_no_barring() -> None:
+    sent = row(1, sample=SamplingParams(), barred=Barred(token_ids=[1, V]))
+
+    assert wanted_of([sent], V).draws[0].barred == [1]
+
+
 def test_answers_come_by_row() -> None:
     rows = [
         row(2, sample=SamplingParams(), drafts=[7]),
@@ -81,7 +87,6 @@ def test_answers_come_by_row() -> None:
 WRONG: dict[str, dict[str, Any]] = {
     "a draft outside the vocabulary": {"sample": SamplingParams(), "drafts": [V]},
     "nothing but drafts": {"sample": SamplingParams(), "drafts": [1, 2]},
-    "a barred token outside the vocabulary": {"sample": SamplingParams(), "barred": Barred(token_ids=[V])},
     "a bias outside the vocabulary": {"sample": SamplingParams(logit_bias=[(V, 1.0)])},
     "a score outside the row": {"scoring": Scoring(first=1, followers=[1, 2])},
     "a score outside the vocabulary": {"scoring": Scoring(first=0, followers=[V])},

@@ -152,6 +152,8 @@ def test_after_preemption_or_replay_nothing_is_scored_twice() -> None:
         (4, [15, 16]),
         (6, [17, 18, 19]),
     ]
+    assert wire_row(ScheduledRow(replayed, 0, 5)).scoring is None
+    assert wire_row(ScheduledRow(replayed, 5, 5)).scoring == Scoring(first=1, followers=[17, 18, 19])
     assert score_all(replayed, [(0, 5), (5, 5)]) == [(6, [17, 18, 19])]
 
 
