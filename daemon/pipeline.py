@@ -109,7 +109,6 @@ class ReplicaDriver:
         self._sent: list[Row] = []
         """The rows of the step in flight."""
         self._answer: asyncio.Future[StepResult | str] | None = None
-        self._batch: MicroBatch | None = None
         self._work = asyncio.Event()
         self._emitted: deque[tuple[float, int]] = deque()
         self._stage_seconds: deque[tuple[float, list[float]]] = deque()
@@ -265,7 +264,6 @@ class ReplicaDriver:
 
     async def _step(self, batch: MicroBatch) -> None:
         started_s = time.monotonic()
-        self._batch = batch
         result = await self._answered(batch)
         if result is None:
             return

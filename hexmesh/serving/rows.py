@@ -12,7 +12,7 @@ from hexmesh.wire.data import Barred, Past, PromptScored, Row, SampledToken, Sco
 def wire_row(row: ScheduledRow) -> Row:
     """The row as stages see it."""
     sequence = row.sequence
-    is_drawn = row.n_wanted > 0
+    is_drawn = row.reaches_end
     return Row(
         start=row.start,
         n_tokens=row.n_tokens,

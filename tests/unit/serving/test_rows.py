@@ -41,6 +41,12 @@ def sequence(**changes: Any) -> Sequence:
     return sequence_of(generate)
 
 
+def scheduled(held: Sequence, start: int, n_tokens: int, drafts: tuple[int, ...] = ()) -> ScheduledRow:
+    """A row of that many known tokens, and drafts after them."""
+    n_wanted = 1 + len(drafts) if start + n_tokens == len(held.tokens) else 0
+    return ScheduledRow(held, start, n_tokens + len(drafts), n_wanted, drafts)
+
+
 def scored(*tokens: int) -> list[ScoredToken]:
     return [ScoredToken(token_id=token, logprob=-1.0, rank=1) for token in tokens]
 
@@ -59,7 +65,7 @@ def result(sampled: list[list[int]], scores: list[list[int]]) -> StepResult:
 def test_a_row_that_draws_nothing_carries_nothing() -> None:
     held = sequence(sampling=PENALTIES, min_tokens=5)
 
-    row = wire_row(ScheduledRow(held, 0, 9))
+    row = wire_row(scheduled(held, 0, 9))
 
     assert (row.sample, row.past, row.barred, row.scoring, row.drafts) == (None, None, None, None, [])
 
@@ -89,7 +95,7 @@ def test_the_past_follows_the_sequence(prompt: list[int], output: list[int], cut
 def test_a_replayed_output_is_output_to_its_penalties() -> None:
     held = sequence(prompt=[5, 6], emitted=[7, 8, 7], sampling=PENALTIES)
 
-    row = wire_row(ScheduledRow(held, 0, 5))
+    row = wire_row(scheduled(held, 0, 5))
 
     assert unpacked(row.past) == ([5, 6], {7: 2, 8: 1})
 
@@ -97,14 +103,14 @@ def test_a_replayed_output_is_output_to_its_penalties() -> None:
 def test_without_a_repetition_penalty_the_prompt_stays_home() -> None:
     held = sequence(prompt=[5, 6], sampling=SamplingParams(presence_penalty=1.0))
 
-    assert wire_row(ScheduledRow(held, 0, 2)).past == Past()
+    assert wire_row(scheduled(held, 0, 2)).past == Past()
 
 
 def test_ends_are_barred_until_the_answer_is_long_enough() -> None:
     held = sequence(prompt=[5], min_tokens=3)
     told = []
     for token in (7, 8, 9, 10):
-        told.append(wire_row(ScheduledRow(held, 0, len(held.tokens))).barred)
+        told.append(wire_row(scheduled(held, 0, len(held.tokens))).barred)
         held.accept(SampledToken(token_id=token))
 
     barred = Barred(token_ids=[1, 3])
@@ -113,9 +119,8 @@ def test_ends_are_barred_until_the_answer_is_long_enough() -> None:
 
 def test_drafts_beyond_the_least_length_may_be_ends() -> None:
     held = sequence(prompt=[5], min_tokens=2)
-    held.drafts = [7, 8, 9]
 
-    row = wire_row(ScheduledRow(held, 0, 1))
+    row = wire_row(scheduled(held, 0, 1, (7, 8, 9)))
 
     assert (row.drafts, row.barred) == ([7, 8, 9], Barred(token_ids=[1, 3], n_draws=2))
 
@@ -124,10 +129,10 @@ def score_all(held: Sequence, chunks: list[tuple[int, int]]) -> list[tuple[int, 
     """Run chunks (start, n_tokens); what the gateway is told, as (first, token ids)."""
     told = []
     for start, n_tokens in chunks:
-        scheduled = ScheduledRow(held, start, n_tokens)
-        row = wire_row(scheduled)
-        answers = [] if row.scoring is None else [scored(*row.scoring.followers)]
-        for message in prompt_scores([scheduled], [row], answers):
+        row = scheduled(held, start, n_tokens)
+        sent = wire_row(row)
+        answers = [] if sent.scoring is None else [scored(*sent.scoring.followers)]
+        for message in prompt_scores([(row, sent)], answers, lambda row: True):
             told.append((message.first, [one.token_id for one in message.scores]))
     return told
 
@@ -135,7 +140,7 @@ def score_all(held: Sequence, chunks: list[tuple[int, int]]) -> list[tuple[int, 
 def test_a_prompt_is_scored_chunk_by_chunk() -> None:
     held = sequence(n_prompt_logprobs=2)
     assert held.needs_prompt_logits
-    assert wire_row(ScheduledRow(held, 0, 4)).scoring == Scoring(first=0, followers=[11, 12, 13, 14], n_top=2)
+    assert wire_row(scheduled(held, 0, 4)).scoring == Scoring(first=0, followers=[11, 12, 13, 14], n_top=2)
 
     told = score_all(held, [(0, 4), (4, 5), (9, 1)])
 
@@ -152,8 +157,8 @@ def test_after_preemption_or_replay_nothing_is_scored_twice() -> None:
         (4, [15, 16]),
         (6, [17, 18, 19]),
     ]
-    assert wire_row(ScheduledRow(replayed, 0, 5)).scoring is None
-    assert wire_row(ScheduledRow(replayed, 5, 5)).scoring == Scoring(first=1, followers=[17, 18, 19])
+    assert wire_row(scheduled(replayed, 0, 5)).scoring is None
+    assert wire_row(scheduled(replayed, 5, 5)).scoring == Scoring(first=1, followers=[17, 18, 19])
     assert score_all(replayed, [(0, 5), (5, 5)]) == [(6, [17, 18, 19])]
 
 
@@ -164,11 +169,30 @@ def test_scores_behind_a_lost_chunk_are_not_told() -> None:
     assert held.n_scored == 0
 
 
+def test_scores_that_do_not_count_are_not_told() -> None:
+    held = sequence(n_prompt_logprobs=0)
+    other = sequence(n_prompt_logprobs=0)
+    rows = [(row, wire_row(row)) for row in (scheduled(held, 0, 4), scheduled(other, 0, 2))]
+
+    told = list(
+        prompt_scores(rows, [scored(11, 12, 13, 14), scored(11, 12)], lambda row: row.sequence is other)
+    )
+
+    assert [(message.first, len(message.scores)) for message in told] == [(0, 2)]
+    assert (held.n_scored, other.n_scored) == (0, 2)
+
+
+def test_a_prompt_that_is_scored_reuses_no_known_blocks() -> None:
+    assert not sequence(n_prompt_logprobs=0).reuses_prefix
+    assert sequence(n_prompt_logprobs=0, n_scored=9).reuses_prefix
+    assert sequence().reuses_prefix
+
+
 def test_a_prompt_of_one_token_has_nothing_to_score() -> None:
     held = sequence(prompt=[5], n_prompt_logprobs=0)
 
     assert not held.needs_prompt_logits
-    assert wire_row(ScheduledRow(held, 0, 1)).scoring is None
+    assert wire_row(scheduled(held, 0, 1)).scoring is None
 
 
 FAULTS: dict[str, tuple[list[list[int]], list[list[int]]]] = {
@@ -194,6 +218,6 @@ def test_another_answer_is_a_fault(name: str) -> None:
 def rows_of_two() -> list[Any]:
     """A row that draws and one that scores."""
     return [
-        wire_row(ScheduledRow(sequence(), 0, 10)),
-        wire_row(ScheduledRow(sequence(n_prompt_logprobs=0), 0, 1)),
+        wire_row(scheduled(sequence(), 0, 10)),
+        wire_row(scheduled(sequence(n_prompt_logprobs=0), 0, 1)),
     ]
