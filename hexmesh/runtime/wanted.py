@@ -14,7 +14,7 @@ from hexmesh.runtime.draw import Draw
 from hexmesh.runtime.logprobs import score
 from hexmesh.runtime.sampler import sample
 from hexmesh.wire.data import Barred, Past, Row, SampledToken, SamplingParams, ScoredToken, Scoring
-from hexmesh.wire.token_lists import unpack_numbers, unpack_tokens
+from hexmesh.wire.token_lists import unpack_counts, unpack_tokens
 
 MAX_LOGITS = 2**28
 """Of one step: it bounds what a hostile step can allocate."""
@@ -90,13 +90,13 @@ class _SeenTokens:
     """The tokens before a row's draws, as arrays."""
 
     def __init__(self, past: Past, params: SamplingParams, vocab_size: int) -> None:
-        self._output = np.array(unpack_tokens(past.output, vocab_size), dtype=np.int64)
-        self._counts = np.array(unpack_numbers(past.counts), dtype=np.float32)
+        self._output = unpack_tokens(past.output, vocab_size)
+        self._counts = unpack_counts(past.counts)
         if len(self._counts) != len(self._output):
             raise InvalidInput(f"{len(self._counts)} counts for {len(self._output)} tokens of a past")
-        prompt = np.array(unpack_tokens(past.prompt, vocab_size), dtype=np.int64)
+        prompt = unpack_tokens(past.prompt, vocab_size)
         self._has_repetition = params.repetition_penalty != 1.0
-        self._seen = np.union1d(prompt, self._output) if self._has_repetition else prompt[:0]
+        self._seen = _joined(prompt, self._output) if self._has_repetition else prompt[:0]
 
     def after(self, drafts: list[int]) -> dict[str, np.ndarray]:
         """The fields of a draw that follows these drafts."""
@@ -106,10 +106,18 @@ class _SeenTokens:
         output, place = np.unique(np.concatenate([self._output, guessed]), return_inverse=True)
         times = np.concatenate([self._counts, np.ones(len(drafts), dtype=np.float32)])
         return {
-            "seen": np.union1d(self._seen, guessed) if self._has_repetition else self._seen,
+            "seen": _joined(self._seen, np.unique(guessed)) if self._has_repetition else self._seen,
             "output": output,
             "counts": np.bincount(place, weights=times).astype(np.float32),
         }
+
+
+def _joined(tokens: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Two lists of distinct tokens as one, the first of them rising; not in order."""
+    if not len(tokens):
+        return others
+    places = np.searchsorted(tokens, others).clip(max=len(tokens) - 1)
+    return np.concatenate([tokens, others[tokens[places] != others]])
 
 
 def _check_drafts(row: Row, vocab_size: int) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from itertools import pairwise
 
 from hexmesh.wire.data import Past, SamplingParams
-from hexmesh.wire.token_lists import gaps_of, pack_numbers
+from hexmesh.wire.token_lists import pack_counts, pack_gaps
 
 
 class PastTokens:
@@ -13,7 +14,7 @@ class PastTokens:
 
     def __init__(self, prompt: list[int], sampling: SamplingParams) -> None:
         has_repetition = sampling.repetition_penalty != 1.0
-        self._prompt = pack_numbers(gaps_of(sorted(set(prompt)))) if has_repetition else b""
+        self._prompt = pack_gaps(_gaps_of(sorted(set(prompt)))) if has_repetition else b""
         self._n_taken = len(prompt)
         self._output: list[int] = []
         """Distinct, rising."""
@@ -25,7 +26,7 @@ class PastTokens:
         for token in tokens[self._n_taken :]:
             self._take(token)
         self._n_taken = len(tokens)
-        return Past(prompt=self._prompt, output=pack_numbers(self._gaps), counts=pack_numbers(self._counts))
+        return Past(prompt=self._prompt, output=pack_gaps(self._gaps), counts=pack_counts(self._counts))
 
     def _take(self, token: int) -> None:
         at = bisect_left(self._output, token)
@@ -38,3 +39,7 @@ class PastTokens:
         self._output.insert(at, token)
         self._gaps.insert(at, gap)
         self._counts.insert(at, 1)
+
+
+def _gaps_of(rising: list[int]) -> list[int]:
+    return [*rising[:1], *(after - before for before, after in pairwise(rising))]

@@ -27,7 +27,7 @@ MAX_STOP_TOKENS = 256
 """Tokens that end one request's answers."""
 MAX_LOGPROBS = 20
 """Likeliest tokens that are named beside a token."""
-MAX_PAST_BYTES = 256 * 1024
+MAX_PAST_BYTES = 512 * 1024
 """Of one list of a row's past. What tokens of one context come to is far below it."""
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]

@@ -23,7 +23,7 @@ from hexmesh.wire.data import (
     Scoring,
     StepResult,
 )
-from hexmesh.wire.token_lists import unpack_numbers, unpack_tokens
+from hexmesh.wire.token_lists import unpack_counts, unpack_tokens
 
 EPOCH = Epoch(ballot=LEAST_BALLOT, n=1)
 PENALTIES = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.25)
@@ -72,8 +72,9 @@ def test_a_row_that_draws_nothing_carries_nothing() -> None:
 
 def unpacked(past: Past | None) -> tuple[list[int], dict[int, int]]:
     assert past is not None
-    output = unpack_tokens(past.output, 2**20)
-    return unpack_tokens(past.prompt, 2**20), dict(zip(output, unpack_numbers(past.counts), strict=True))
+    output = unpack_tokens(past.output, 2**20).tolist()
+    counts = dict(zip(output, unpack_counts(past.counts).tolist(), strict=True))
+    return unpack_tokens(past.prompt, 2**20).tolist(), counts
 
 
 @given(
