@@ -12,6 +12,7 @@
 
 enum {
     WORTH_THREADS = 1 << 18, /* multiplications from which on waking a thread gains */
+    PIECES_A_THREAD = 8,     /* more even, but what comes next is known only within a piece */
     STORE_TOKENS = 64,       /* new tokens that are stored as one piece of work */
 };
 
@@ -64,7 +65,7 @@ struct kernel {
     const char *name;
     int lanes;
     size_t (*item_floats)(const struct call *, int n_rows);
-    void (*run_item)(const struct call *, const struct item *, float *room);
+    void (*run_item)(const struct call *, const struct item *, const struct item *next, float *room);
     bool is_supported;
 };
 
@@ -124,6 +125,7 @@ struct work {
     const struct kernel *kernel;
     struct item *items;
     int n_items, most_rows;
+    int *pieces; /* first item of each piece, and n_items */
     atomic_bool is_out_of_memory;
 };
 
@@ -167,14 +169,17 @@ static void store_piece(void *context, int piece)
     }
 }
 
-static void attend_item(void *context, int index)
+static void attend_piece(void *context, int piece)
 {
     struct work *work = context;
     float *room = thread_floats(work->kernel->item_floats(&work->call, work->most_rows));
-    if (room)
-        work->kernel->run_item(&work->call, work->items + index, room);
-    else
+    if (!room) {
         work->is_out_of_memory = true;
+        return;
+    }
+    const struct item *last = work->items + work->pieces[piece + 1] - 1;
+    for (const struct item *item = work->items + work->pieces[piece]; item <= last; item++)
+        work->kernel->run_item(&work->call, item, item < last ? item + 1 : NULL, room);
 }
 
 /* How a row is cut into items: blocks of queries, and parts of the context where the rows of scores are few. */
@@ -285,14 +290,38 @@ static int threads_for(const struct work *work, double multiplications)
     return multiplications < WORTH_THREADS ? 1 : work->call.n_threads;
 }
 
-static double multiplications(const struct work *work)
+static double multiplications(const struct call *call, const struct item *item)
 {
-    double n = 0;
+    const double n_scores = (double)(item->stop - item->start) * item->n_queries * heads_per_kv(call);
+    return n_scores * (call->k_dim + call->v_dim);
+}
+
+/* Cut the items into runs of about equal work, a few for each thread; returns how many. */
+static int cut_pieces(struct work *work, int n_threads, double all)
+{
+    const double share = all / (n_threads == 1 ? 1 : n_threads * PIECES_A_THREAD);
+    double held = 0;
+    int n = 0;
+    work->pieces[0] = 0;
     for (int i = 0; i < work->n_items; i++) {
-        const struct item *item = work->items + i;
-        n += (double)(item->stop - item->start) * item->n_queries;
+        held += multiplications(&work->call, work->items + i);
+        if (held >= share || i == work->n_items - 1) {
+            work->pieces[++n] = i + 1;
+            held = 0;
+        }
     }
-    return n * heads_per_kv(&work->call) * (work->call.k_dim + work->call.v_dim);
+    return n;
+}
+
+static void attend_all(struct work *work)
+{
+    double all = 0;
+    for (int i = 0; i < work->n_items; i++) {
+        all += multiplications(&work->call, work->items + i);
+        work->most_rows = most(work->most_rows, work->items[i].n_queries * heads_per_kv(&work->call));
+    }
+    const int n_threads = threads_for(work, all);
+    run_loop(attend_piece, work, cut_pieces(work, n_threads, all), n_threads);
 }
 
 static void store_all(struct work *work)
@@ -315,17 +344,17 @@ static bool run(struct work *work)
     store_all(work);
     work->n_items = list_items(call, NULL, &n_partial);
     work->items = malloc(sizeof *work->items * (size_t)work->n_items);
+    work->pieces = malloc(sizeof *work->pieces * ((size_t)work->n_items + 1));
     call->partial = malloc(sizeof *call->partial * (size_t)n_partial + 1);
-    if (work->items && call->partial) {
+    if (work->items && work->pieces && call->partial) {
         list_items(call, work->items, &n_partial);
-        for (int i = 0; i < work->n_items; i++)
-            work->most_rows = most(work->most_rows, work->items[i].n_queries * heads_per_kv(call));
-        run_loop(attend_item, work, work->n_items, threads_for(work, multiplications(work)));
+        attend_all(work);
         if (!work->is_out_of_memory)
             merge_all(work);
     } else
         work->is_out_of_memory = true;
     free(work->items);
+    free(work->pieces);
     free(call->partial);
     return !work->is_out_of_memory;
 }

@@ -95,6 +95,33 @@ static inline size_t slot_of(const struct call *call, const struct row *row, int
     return (block * call->n_kv_heads + kv_head) * call->block_tokens + position % call->block_tokens;
 }
 
+/* Places in the pool of up to TILE_TOKENS consecutive positions. */
+struct tile {
+    int n;
+    size_t slots[TILE_TOKENS];
+};
+
+static inline void tile_of(const struct call *call, const struct item *item, int start, struct tile *tile)
+{
+    const struct row *row = call->rows + item->row;
+    tile->n = least(TILE_TOKENS, item->stop - start);
+    size_t slot = 0;
+    for (int t = 0, left = 0; t < tile->n; t++, slot++, left--) {
+        if (left == 0) {
+            slot = slot_of(call, row, item->kv_head, start + t);
+            left = call->block_tokens - (start + t) % call->block_tokens;
+        }
+        tile->slots[t] = slot;
+    }
+}
+
+/* Into the second-level cache. */
+static inline void fetch(const char *at, int n_bytes)
+{
+    for (int i = 0; i < n_bytes; i += 64)
+        __builtin_prefetch(at + i, 0, 2);
+}
+
 static inline float wide(uint16_t bf16)
 {
     const uint32_t bits = (uint32_t)bf16 << 16;

@@ -59,6 +59,7 @@ ALWAYS vec NAME(exp2)(vec x)
 #define OTHER(w, i) (((i) & (w)) ? LANES + ((i) ^ (w)) : ((i) ^ (w)))
 #define TOP(w, i) (((i) & (w)) ? LANES + ((i) ^ (w)) : (i))
 #define LOW(w, i) (((i) & (w)) ? LANES + (i) : ((i) ^ (w)))
+#define SWAPPED(w, i) ((i) ^ (w))
 #define PICK(which, w, a, b) __builtin_shuffle(a, b, (ivec){EACH_LANE(which, w)})
 
 #define FOLD(w)                                                                                                        \
@@ -78,6 +79,31 @@ ALWAYS vec NAME(sums)(vec *rows)
     FOLD(2)
     FOLD(1)
     return rows[0];
+}
+
+/* A vector and itself with lanes moved by w, joined: done for every w, each lane holds the result of all. */
+#define ACROSS(w, join)                                                                                                \
+    if (w < LANES) {                                                                                                   \
+        const vec moved = __builtin_shuffle(x, (ivec){EACH_LANE(SWAPPED, (w) % LANES)});                               \
+        x = join;                                                                                                      \
+    }
+
+ALWAYS float NAME(sum_across)(vec x)
+{
+    ACROSS(8, x + moved)
+    ACROSS(4, x + moved)
+    ACROSS(2, x + moved)
+    ACROSS(1, x + moved)
+    return x[0];
+}
+
+ALWAYS float NAME(largest_across)(vec x)
+{
+    ACROSS(8, NAME(larger)(x, moved))
+    ACROSS(4, NAME(larger)(x, moved))
+    ACROSS(2, NAME(larger)(x, moved))
+    ACROSS(1, NAME(larger)(x, moved))
+    return x[0];
 }
 
 #define EXCHANGE(w)                                                                                                    \
@@ -100,10 +126,11 @@ ALWAYS void NAME(transpose)(vec *rows)
     EXCHANGE(1)
 }
 
-/* out (n_rows x n_columns vectors) = [out +] left (n_rows, depth) x right, whose line k begins at right[k] + at. */
+/* out (n_rows x n_columns vectors) = [out +] left (n_rows, depth) x right, whose line k begins at right[k] + at. Where
+   `ahead` is given, the same of its lines is fetched. */
 ALWAYS void NAME(panel)(
     const int n_rows, const int n_columns, const float *left, ptrdiff_t left_stride, const float *const *right,
-    ptrdiff_t at, int depth, float *out, ptrdiff_t out_stride, bool adds)
+    const float *const *ahead, ptrdiff_t at, int depth, float *out, ptrdiff_t out_stride, bool adds)
 {
     vec sums[ROWS][COLUMNS];
 #pragma GCC unroll 8
@@ -117,6 +144,10 @@ ALWAYS void NAME(panel)(
 #pragma GCC unroll 8
         for (int c = 0; c < n_columns; c++)
             factors[c] = NAME(load)(line + c * LANES);
+        if (ahead)
+#pragma GCC unroll 8
+            for (int c = 0; c < n_columns; c++)
+                __builtin_prefetch(ahead[k] + at + c * LANES, 0, 2);
 #pragma GCC unroll 8
         for (int r = 0; r < n_rows; r++) {
             const float factor = left[r * left_stride + k];
@@ -132,30 +163,38 @@ ALWAYS void NAME(panel)(
             NAME(store)(out + r * out_stride + c * LANES, sums[r][c]);
 }
 
-#define PANEL(r, c)                                                                                                    \
+#define PANEL(r, c, ahead)                                                                                             \
     case r:                                                                                                            \
-        NAME(panel)(r, c, left, left_stride, right, at, depth, out, out_stride, adds);                                 \
+        NAME(panel)(r, c, left, left_stride, right, ahead, at, depth, out, out_stride, adds);                          \
         break;
 
-/* Any number of rows, c vectors wide. */
+/* Any number of rows, c vectors wide; fetching ahead goes with few rows. */
 #if ROWS > 4
-#define PANELS_OF_MOST_ROWS(c) PANEL(5, c) PANEL(6, c)
+#define PANELS_OF_MOST_ROWS(c) PANEL(5, c, NULL) PANEL(6, c, NULL)
 #else
 #define PANELS_OF_MOST_ROWS(c)
 #endif
 #define PANELS(c)                                                                                                      \
     static __attribute__((noinline)) void NAME(panels_##c)(                                                            \
-        int n_rows, const float *left, ptrdiff_t left_stride, const float *const *right, ptrdiff_t at, int depth,      \
-        float *out, ptrdiff_t out_stride, bool adds)                                                                   \
+        int n_rows, const float *left, ptrdiff_t left_stride, const float *const *right, const float *const *ahead,    \
+        ptrdiff_t at, int depth, float *out, ptrdiff_t out_stride, bool adds)                                          \
     {                                                                                                                  \
-        for (; n_rows > 0; n_rows -= ROWS, left += ROWS * left_stride, out += ROWS * out_stride)                       \
-            switch (least(n_rows, ROWS)) {                                                                             \
-                PANEL(1, c)                                                                                            \
-                PANEL(2, c)                                                                                            \
-                PANEL(3, c)                                                                                            \
-                PANEL(4, c)                                                                                            \
-                PANELS_OF_MOST_ROWS(c)                                                                                 \
+        if (ahead && n_rows <= DOT_ROWS)                                                                               \
+            switch (n_rows) {                                                                                          \
+                PANEL(1, c, ahead)                                                                                     \
+                PANEL(2, c, ahead)                                                                                     \
+                PANEL(3, c, ahead)                                                                                     \
+                PANEL(4, c, ahead)                                                                                     \
             }                                                                                                          \
+        else                                                                                                           \
+            for (; n_rows > 0; n_rows -= ROWS, left += ROWS * left_stride, out += ROWS * out_stride)                   \
+                switch (least(n_rows, ROWS)) {                                                                         \
+                    PANEL(1, c, NULL)                                                                                  \
+                    PANEL(2, c, NULL)                                                                                  \
+                    PANEL(3, c, NULL)                                                                                  \
+                    PANEL(4, c, NULL)                                                                                  \
+                    PANELS_OF_MOST_ROWS(c)                                                                             \
+                }                                                                                                      \
     }
 
 PANELS(1)
@@ -167,21 +206,21 @@ PANELS(4)
 /* out (n_rows, width) = [out +] left x right, `width` elements wide. The last vector of an undivided width reads from
    width - LANES on; what it gives has its own place in out, behind the others. */
 static void NAME(multiply)(
-    int n_rows, int width, const float *left, ptrdiff_t left_stride, const float *const *right, int depth, float *out,
-    ptrdiff_t out_stride, bool adds)
+    int n_rows, int width, const float *left, ptrdiff_t left_stride, const float *const *right,
+    const float *const *ahead, int depth, float *out, ptrdiff_t out_stride, bool adds)
 {
     const int n_full = width / LANES;
     int c = 0;
 #if COLUMNS > 2
     for (; c + 4 <= n_full; c += 4)
-        NAME(panels_4)(n_rows, left, left_stride, right, c * LANES, depth, out + c * LANES, out_stride, adds);
+        NAME(panels_4)(n_rows, left, left_stride, right, ahead, c * LANES, depth, out + c * LANES, out_stride, adds);
 #endif
     for (; c + 2 <= n_full; c += 2)
-        NAME(panels_2)(n_rows, left, left_stride, right, c * LANES, depth, out + c * LANES, out_stride, adds);
+        NAME(panels_2)(n_rows, left, left_stride, right, ahead, c * LANES, depth, out + c * LANES, out_stride, adds);
     for (; c < n_full; c++)
-        NAME(panels_1)(n_rows, left, left_stride, right, c * LANES, depth, out + c * LANES, out_stride, adds);
+        NAME(panels_1)(n_rows, left, left_stride, right, ahead, c * LANES, depth, out + c * LANES, out_stride, adds);
     if (width % LANES)
-        NAME(panels_1)(n_rows, left, left_stride, right, width - LANES, depth, out + c * LANES, out_stride, adds);
+        NAME(panels_1)(n_rows, left, left_stride, right, ahead, width - LANES, depth, out + c * LANES, out_stride, adds);
 }
 
 /* Where the vector that begins at element c of a token's elements really begins. */
@@ -190,22 +229,42 @@ ALWAYS int NAME(begin)(int c, int dim)
     return least(c, dim - LANES);
 }
 
-/* scores of a few rows with keys where they lie, LANES keys at a time. */
+/* Products of a query with LANES / 2 keys: as many addresses as registers hold. */
+ALWAYS void NAME(dot_some)(
+    const float *query, const float *const *keys, const float *const *ahead, int k_dim, vec *sums)
+{
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES / 2; i++)
+        sums[i] = (vec){0};
+    for (int c = 0; c < k_dim; c += LANES) {
+        const vec q = NAME(load)(query + c);
+        const int at = NAME(begin)(c, k_dim);
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; i++)
+            sums[i] += q * NAME(load)(keys[i] + at);
+        if (ahead)
+#pragma GCC unroll 8
+            for (int i = 0; i < LANES / 2; i++)
+                __builtin_prefetch(ahead[i] + at, 0, 2);
+    }
+}
+
+/* Scores of a few rows with keys where they lie, LANES keys at a time; `ahead` (or NULL) is fetched meanwhile. */
 static void NAME(dots)(
-    int n_rows, const float *query, int q_stride, const float *const *keys, int n_keys, int k_dim, float *scores)
+    int n_rows, const float *query, int q_stride, const float *const *keys, const float *const *ahead, int n_keys,
+    int k_dim, float *scores)
 {
     for (int t = 0; t < n_keys; t += LANES)
         for (int r = 0; r < n_rows; r++) {
             vec sums[LANES];
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++)
-                sums[i] = (vec){0};
-            for (int c = 0; c < k_dim; c += LANES) {
-                const vec q = NAME(load)(query + r * q_stride + c);
-                const int at = NAME(begin)(c, k_dim);
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++)
-                    sums[i] += q * NAME(load)(keys[t + i] + at);
+            const float *q = query + r * q_stride;
+            const int half = LANES / 2;
+            if (ahead && r == 0) {
+                NAME(dot_some)(q, keys + t, ahead + t, k_dim, sums);
+                NAME(dot_some)(q, keys + t + half, ahead + t + half, k_dim, sums + half);
+            } else {
+                NAME(dot_some)(q, keys + t, NULL, k_dim, sums);
+                NAME(dot_some)(q, keys + t + half, NULL, k_dim, sums + half);
             }
             NAME(store)(scores + r * TILE_TOKENS + t, NAME(sums)(sums));
         }
@@ -251,25 +310,40 @@ static void NAME(load_queries)(const struct call *call, const struct item *item,
     }
 }
 
-/* Lines of a tile's tokens as floats: in the pool itself, or widened into `room`. Lines up to a whole vector repeat the
-   first one. */
-static void NAME(lines)(
-    const struct call *call, const size_t *slots, int n_tokens, const void *pool, int dim, float *room, const float **lines)
+/* A token's elements as floats. */
+ALWAYS void NAME(widen_line)(const uint16_t *from, int dim, float *to)
 {
-    if (call->is_bf16) {
-        const int width = round_up(dim, LANES);
-        for (int t = 0; t < n_tokens; t++) {
-            const uint16_t *from = (const uint16_t *)pool + slots[t] * dim;
-            float *to = room + (size_t)t * width;
-            for (int c = 0; c < dim; c += LANES)
-                NAME(store)(to + NAME(begin)(c, dim), NAME(widen)(from + NAME(begin)(c, dim)));
-            lines[t] = to;
+    int c = 0;
+#pragma GCC unroll 4
+    for (; c + LANES <= dim; c += LANES)
+        NAME(store)(to + c, NAME(widen)(from + c));
+    if (c < dim)
+        NAME(store)(to + dim - LANES, NAME(widen)(from + dim - LANES));
+}
+
+/* Lines of a tile's tokens as floats: in the pool itself, or widened into `room`. Lines up to a whole vector repeat the
+   first one. Widening fetches the tile after it meanwhile; for others, `ahead` is what to fetch, of as many lines. */
+static void NAME(lines)(
+    const struct call *call, const struct tile *tile, const struct tile *after, const char *pool, int dim, float *room,
+    const float **lines, const float **ahead)
+{
+    const int width = round_up(dim, LANES), line_bytes = dim * (call->is_bf16 ? 2 : 4);
+    for (int t = 0; t < tile->n; t++) {
+        const char *line = pool + tile->slots[t] * line_bytes;
+        const char *next = t < after->n ? pool + after->slots[t] * line_bytes : line;
+        if (call->is_bf16) {
+            fetch(next, line_bytes);
+            lines[t] = room + (size_t)t * width;
+            NAME(widen_line)((const uint16_t *)line, dim, room + (size_t)t * width);
+        } else {
+            lines[t] = (const float *)line;
+            ahead[t] = (const float *)next;
         }
-    } else
-        for (int t = 0; t < n_tokens; t++)
-            lines[t] = (const float *)pool + slots[t] * dim;
-    for (int t = n_tokens; t < round_up(n_tokens, LANES); t++)
-        lines[t] = lines[0];
+    }
+    for (int t = tile->n; t < after->n; t++)
+        fetch(pool + after->slots[t] * line_bytes, line_bytes);
+    for (int t = tile->n; t < round_up(tile->n, LANES); t++)
+        ahead[t] = lines[t] = lines[0];
 }
 
 /* Scores of a row to weights relative to the new peak: its old sums shrink by what the peak rose. */
@@ -278,9 +352,7 @@ ALWAYS void NAME(weigh)(float *scores, int n, float *peak, float *total, float *
     vec top = NAME(load)(scores);
     for (int t = LANES; t < n; t += LANES)
         top = NAME(larger)(top, NAME(load)(scores + t));
-    float highest = *peak;
-    for (int i = 0; i < LANES; i++)
-        highest = top[i] > highest ? top[i] : highest;
+    const float own_top = NAME(largest_across)(top), highest = own_top > *peak ? own_top : *peak;
     if (highest > *peak) {
         const float shrink = exp2f(*peak - highest);
         *peak = highest;
@@ -294,8 +366,7 @@ ALWAYS void NAME(weigh)(float *scores, int n, float *peak, float *total, float *
         NAME(store)(scores + t, weights);
         sums += weights;
     }
-    for (int i = 0; i < LANES; i++)
-        *total += sums[i];
+    *total += NAME(sum_across)(sums);
 }
 
 /* cap * tanh(score / cap), in powers of two. */
@@ -320,7 +391,8 @@ static size_t NAME(item_floats)(const struct call *call, int n_rows)
     return n_rows * (k_width + v_width + TILE_TOKENS + 2) + TILE_TOKENS * (widest + k_width) + pointers;
 }
 
-static void NAME(run_item)(const struct call *call, const struct item *item, float *room)
+/* `next` is what this thread will do next; NULL if nothing. */
+static void NAME(run_item)(const struct call *call, const struct item *item, const struct item *next, float *room)
 {
     const struct row *row = call->rows + item->row;
     const int group = heads_per_kv(call), n_rows = item->n_queries * group, k_dim = call->k_dim, v_dim = call->v_dim;
@@ -331,8 +403,8 @@ static void NAME(run_item)(const struct call *call, const struct item *item, flo
     float *widened = (float *)(by_dim + k_width), *turned = widened + TILE_TOKENS * most(k_width, v_width);
     float *query = turned + TILE_TOKENS * k_width, *sum = query + n_rows * k_width;
     float *scores = sum + n_rows * v_width, *peak = scores + n_rows * TILE_TOKENS, *total = peak + n_rows;
-    const float *lines[TILE_TOKENS];
-    size_t slots[TILE_TOKENS];
+    const float *lines[TILE_TOKENS], *ahead_lines[TILE_TOKENS], *const *ahead = call->is_bf16 ? NULL : ahead_lines;
+    struct tile tiles[2], *tile = &tiles[0], *after = &tiles[1];
 
     NAME(load_queries)(call, item, call->softcap ? call->scaling : call->scaling * LOG2_E, for_dots, query);
     memset(sum, 0, sizeof(float) * (size_t)(n_rows * v_width));
@@ -342,25 +414,28 @@ static void NAME(run_item)(const struct call *call, const struct item *item, flo
         peak[r] = -INFINITY;
         total[r] = 0;
     }
+    tile_of(call, item, item->start, tile);
     for (int start = item->start; start < item->stop; start += TILE_TOKENS) {
-        const int n = least(TILE_TOKENS, item->stop - start), n_padded = round_up(n, LANES);
+        const int n = tile->n, n_padded = round_up(n, LANES);
+        if (start + TILE_TOKENS < item->stop)
+            tile_of(call, item, start + TILE_TOKENS, after);
+        else if (next)
+            tile_of(call, next, next->start, after);
+        else
+            after->n = 0;
         /* Rows that see any of it: queries before it are over, and later ones' windows may be past it. */
         const int from = most(0, start - position) * group;
         int upto = n_rows;
         if (call->window)
             upto = least(n_rows, (start + n - 1 + call->window - 1 - position + 1) * group);
-        if (from >= upto)
-            continue;
         const float *q = query + from * k_width;
         float *s = scores + from * TILE_TOKENS;
-        for (int t = 0; t < n; t++)
-            slots[t] = slot_of(call, row, item->kv_head, start + t);
-        NAME(lines)(call, slots, n, call->k_pool, k_dim, widened, lines);
+        NAME(lines)(call, tile, after, call->k_pool, k_dim, widened, lines, ahead_lines);
         if (for_dots)
-            NAME(dots)(upto - from, q, k_width, lines, n_padded, k_dim, s);
+            NAME(dots)(upto - from, q, k_width, lines, ahead, n_padded, k_dim, s);
         else {
             NAME(transpose_keys)(lines, n_padded, k_dim, turned);
-            NAME(multiply)(upto - from, n_padded, q, k_width, by_dim, k_dim, s, TILE_TOKENS, false);
+            NAME(multiply)(upto - from, n_padded, q, k_width, by_dim, NULL, k_dim, s, TILE_TOKENS, false);
         }
         for (int r = from; r < upto; r++) {
             const int at = position + r / group;
@@ -374,8 +449,11 @@ static void NAME(run_item)(const struct call *call, const struct item *item, flo
                 own[t] = -INFINITY;
             NAME(weigh)(own, n_padded, peak + r, total + r, sum + r * v_width, v_width);
         }
-        NAME(lines)(call, slots, n, call->v_pool, v_dim, widened, lines);
-        NAME(multiply)(upto - from, v_dim, s, TILE_TOKENS, lines, n, sum + from * v_width, v_width, true);
+        NAME(lines)(call, tile, after, call->v_pool, v_dim, widened, lines, ahead_lines);
+        NAME(multiply)(upto - from, v_dim, s, TILE_TOKENS, lines, ahead, n, sum + from * v_width, v_width, true);
+        struct tile *const done = tile;
+        tile = after;
+        after = done;
     }
     for (int r = 0; r < n_rows; r++) {
         float *own = sum + r * v_width;
@@ -401,6 +479,8 @@ static void NAME(run_item)(const struct call *call, const struct item *item, flo
 #undef TOP
 #undef LOW
 #undef PICK
+#undef SWAPPED
+#undef ACROSS
 #undef FOLD
 #undef EXCHANGE
 #undef PANEL
