@@ -11,7 +11,7 @@
 #include "threads.h"
 
 enum {
-    WORTH_THREADS = 1 << 18, /* multiplications from which on waking a thread gains */
+    WORTH_THREADS = 1 << 20, /* multiplications from which on waking a thread gains */
     PIECES_A_THREAD = 8,     /* more even, but what comes next is known only within a piece */
     STORE_TOKENS = 64,       /* new tokens that are stored as one piece of work */
 };
