@@ -79,9 +79,7 @@ def attend(
     if native_attention.serves(layer):
         out = native_attention.attend(layer, context.batch, *tensors, shaping, sliding_window)
     else:
-        out = torch_attention.attend(
-            layer, context.batch, *tensors, shaping, sliding_window, context.scratch
-        )
+        out = torch_attention.attend(layer, context.batch, *tensors, shaping, sliding_window, context.scratch)
     return out[None], None
 
 

@@ -157,7 +157,9 @@ def bench_case(report: Report, case: Case, n_rounds: int, bytes_per_s: float) ->
         report.add(f"{case.name}: {name}", seconds * 1e3, "ms")
     if "native" in least_s:
         at_least = 1.0 if case.n_tokens >= 1024 else None
-        report.add(f"{case.name}: torch / native", least_s["torch"] / least_s["native"], "", at_least=at_least)
+        report.add(
+            f"{case.name}: torch / native", least_s["torch"] / least_s["native"], "", at_least=at_least
+        )
     if case.n_tokens == 1:
         ideal_s = N_LAYERS * case.kv_bytes / bytes_per_s
         report.add(f"{case.name}: ideal", ideal_s * 1e3, "ms")

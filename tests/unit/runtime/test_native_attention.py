@@ -39,9 +39,7 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("heads", "block_tokens"), [((2, 2), 8), ((6, 2), 16), ((4, 1), 32), ((12, 1), 16), ((5, 1), 3)]
 )
-def test_shapes(
-    heads: tuple[int, int], block_tokens: int, dims: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_shapes(heads: tuple[int, int], block_tokens: int, dims: tuple[int, int], dtype: torch.dtype) -> None:
     scene = Scene(
         n_heads=heads[0],
         n_kv_heads=heads[1],
