@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    n_rounds = 4 if arguments.quick else 10
+    n_rounds = 4 if arguments.quick else 6
     bytes_per_s = measure_bandwidth(torch.device("cpu")).per_s
     report = Report(
         name="attention",
