@@ -27,6 +27,7 @@ from daemon.compute.worker_channel import (
     WorkerSpawned,
     describe_exit,
 )
+from hexmesh import native
 from hexmesh.errors import Closed, HexmeshError, Internal, InvalidInput, Lost, NotReady, Refused
 from hexmesh.plan import DtypeName
 from hexmesh.wire.codec import WORKER_REPLIES, WORKER_REQUESTS, WorkerReply, WorkerRequest
@@ -318,6 +319,8 @@ class Workshop:
             with theirs:
                 self._tell(order, theirs)
             pid = await spawned
+            kernels = native.describe() if device == "cpu" else "none needed"
+            log.info("worker started pid=%d device=%s threads=%d kernels=%r", pid, device, threads, kernels)
             return await self._connect(number, Worker(device, pid, lambda: self._kill(number)), own)
         except BaseException:
             own.close()
