@@ -45,7 +45,7 @@ _PARSERS: dict[type, Callable[[str], float]] = {
 }
 
 
-_WANTED = {
+_WANTED: dict[type, str] = {
     Bytes: "a size such as 24GiB",
     BytesPerS: "a rate such as 10Gbit/s or 300GB/s",
     FlopsPerS: "a compute rate such as 71T",
