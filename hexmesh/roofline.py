@@ -10,7 +10,7 @@ hidden state, phi and beta what a device sustains in FLOP/s and bytes/s, b seque
 A is the attention's FLOPs for one token of context; a layer with a window sees no more than that of it; of an
 expert layer, the experts that the step's tokens pick are read. KV of few heads or of latents is copied to ranks,
 not dealt out.
-After HexGen-2, section 3 (whose strategies are costed by HexGen's model); differs: a maximum of memory and compute
+After HexGen's cost model, which HexGen-2 costs its strategies by; differs: a maximum of memory and compute
 instead of their sum, exact counts, and measured efficiencies in phi, beta, step and rate.
 """
 

@@ -2,8 +2,9 @@
 
 A prompt is heavy above 512 tokens, an output above 128; the paper takes them from the Azure conversation trace. The
 lengths here are lognormals fitted to each class's requests in AzureLLMInferenceTrace_conv.csv (published with
-Splitwise, ISCA 2024; https://github.com/Azure/AzurePublicDataset, CC-BY), without prompts over 2,048 and outputs over 1,024 tokens, as
-Helix cuts it: 16,663 requests, mean 763 in and 232 out. `python -m tools.workload_classes FILE` prints them.
+Splitwise, ISCA 2024; https://github.com/Azure/AzurePublicDataset, CC-BY), without prompts over 2,048 and outputs over
+1,024 tokens, as Helix cuts it: 16,663 requests, mean 763 in and 232 out. `python -m tools.workload_classes FILE`
+prints them.
 """
 
 from __future__ import annotations
