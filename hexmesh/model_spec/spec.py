@@ -14,7 +14,8 @@ import msgspec
 
 from hexmesh.errors import InvalidInput
 from hexmesh.model_spec.config import Config
-from hexmesh.model_spec.families import FAMILIES, Experts, Family, Shape
+from hexmesh.model_spec.families import FAMILIES
+from hexmesh.model_spec.family import Experts, Family, Shape
 from hexmesh.model_spec.latent import Latent
 
 
@@ -167,9 +168,7 @@ def supported_model_types() -> tuple[str, ...]:
 
 def _spec(family: Family, config: Config, generation: Mapping[str, Any]) -> ModelSpec:
     hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
-    kv_heads = heads if family.all_heads_have_kv else config.count("num_key_value_heads", heads)
-    if family.multi_query_key and config.flag(family.multi_query_key):
-        kv_heads = 1
+    kv_heads = _kv_heads(family, config, heads)
     latent = Latent.of(config) if family.is_latent else None
     derived = hidden // heads
     head_dim = config.count("head_dim", derived) if family.head_dim_is_free else derived
@@ -203,12 +202,18 @@ def _spec(family: Family, config: Config, generation: Mapping[str, Any]) -> Mode
         ),
         embedding_params=vocab * width,
         shared_params=shared,
-        head_params=(0 if ties else vocab * width) + (vocab if family.head_bias else 0),
+        head_params=(0 if ties else vocab * width) + (vocab if config.flag(family.head_bias) else 0),
         head_matmul_params=vocab * width,
         eos_token_ids=_token_ids(config.value("eos_token_id") if eos is None else eos),
         latent_values=latent.cached_values if latent else 0,
         latent_rank=latent.kv_rank if latent else 0,
     )
+
+
+def _kv_heads(family: Family, config: Config, heads: int) -> int:
+    if family.n_kv_heads is not None:
+        return family.n_kv_heads(config, heads)
+    return heads if family.all_heads_have_kv else config.count("num_key_value_heads", heads)
 
 
 def _layer(

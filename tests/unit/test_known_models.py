@@ -138,7 +138,12 @@ def _windows_of_modules(config: dict[str, Any]) -> list[int | None]:
     modules = [layer.self_attn for layer in model.model.layers]
     is_per_layer = any(hasattr(module, "sliding_window") for module in modules)
     everywhere = None if is_per_layer else getattr(model.config, "sliding_window", None)
-    return [getattr(module, "sliding_window", everywhere) or None for module in modules]
+    return [
+        (getattr(module, "sliding_window", everywhere) or None)
+        if getattr(module, "is_sliding", True)
+        else None
+        for module in modules
+    ]
 
 
 _SMALL = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -165,6 +170,13 @@ _SMALL = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 4, "
         ("qwen3", {"use_sliding_window": True, "max_window_layers": 3}),
         ("qwen3_moe", {"use_sliding_window": True, "num_experts": 2}),
         ("qwen3_moe", {"num_experts": 2}),
+        ("ministral3", {"sliding_window": 7}),
+        ("phimoe", {"sliding_window": 7, "num_local_experts": 2}),
+        ("olmo3", {}),
+        ("exaone4", {}),
+        ("exaone4", {"sliding_window_pattern": 3}),
+        ("cohere2", {}),
+        ("cohere2", {"sliding_window_pattern": 2}),
         ("smollm3", {"use_sliding_window": True, "sliding_window": 7}),
         ("smollm3", {"use_sliding_window": True, "sliding_window": 7, "no_rope_layers": [1, 0] * 4}),
     ],

@@ -15,7 +15,7 @@ from hexmesh.errors import InvalidInput
 from hexmesh.model_spec import ModelSpec, model_spec_from_config, supported_model_types
 
 _LAYER_OF = re.compile(r"\.(?:layers|h)\.(\d+)\.")
-_HEAD_DIM_IS_FIXED = {"gpt2", "gpt_bigcode", "gpt_neox", "opt", "stablelm", "olmoe"}
+_HEAD_DIM_IS_FIXED = {"gpt2", "gpt_bigcode", "gpt_neox", "opt", "stablelm", "olmoe", "gptj", "falcon"}
 
 
 def _dims(rng: random.Random, model_type: str) -> dict[str, Any]:
@@ -73,7 +73,17 @@ def _deepseek(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     }
 
 
+def _falcon(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    config["ffn_hidden_size"] = config.pop("intermediate_size")
+    config["num_kv_heads"] = config.pop("num_key_value_heads")
+    if rng.random() < 0.3:
+        config["num_ln_in_parallel_attn"] = 1
+    return config
+
+
 _OWN_KEYS = {
+    "falcon": _falcon,
+    "gptj": _gpt2,
     "gpt2": _gpt2,
     "gpt_bigcode": _gpt2,
     "opt": _opt,
@@ -81,6 +91,18 @@ _OWN_KEYS = {
     "deepseek_v3": _deepseek,
 }
 _FLAGS = {
+    "arcee": ("attention_bias", "mlp_bias"),
+    "cohere": ("attention_bias", "use_qk_norm"),
+    "cohere2": ("attention_bias",),
+    "ernie4_5": ("use_bias",),
+    "falcon": ("bias", "new_decoder_architecture", "multi_query", "parallel_attn"),
+    "glm": ("attention_bias",),
+    "glm4": ("attention_bias",),
+    "glm4_moe": ("attention_bias", "use_qk_norm"),
+    "granitemoe": ("attention_bias",),
+    "olmo3": ("attention_bias",),
+    "phimoe": ("attention_bias", "lm_head_bias"),
+    "seed_oss": ("attention_bias", "attention_out_bias", "mlp_bias"),
     "deepseek_v2": ("attention_bias", "mlp_bias"),
     "deepseek_v3": ("attention_bias",),
     "gpt_bigcode": ("multi_query",),
@@ -114,6 +136,9 @@ _EXPERTS = {
     "qwen3_moe": "num_experts",
     "olmoe": "num_experts",
     "gpt_oss": "num_local_experts",
+    "granitemoe": "num_local_experts",
+    "phimoe": "num_local_experts",
+    "glm4_moe": "n_routed_experts",
     "deepseek_v2": "n_routed_experts",
     "deepseek_v3": "n_routed_experts",
 }
