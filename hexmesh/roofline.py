@@ -63,7 +63,7 @@ class Roofline:
         device, tp = group.device, group.tp
         seen = _mean_seen(layer, n_tokens)
         compute_s = n_tokens * (layer.flops_per_token + seen * self.spec.attention_flops) / device.flops_per_s
-        memory_s = layer.params_read(round(n_tokens)) * DTYPE_BYTES[self.dtype] / device.bytes_per_s
+        memory_s = layer.params_read(n_tokens) * DTYPE_BYTES[self.dtype] / device.bytes_per_s
         return (
             max(compute_s, memory_s) / tp + group.all_reduces_s(n_tokens * self.hidden_bytes) + group.launch_s
         )
@@ -72,7 +72,7 @@ class Roofline:
         """One layer of a step of `batch` sequences that decode one token each."""
         spec, device, tp = self.spec, group.device, group.tp
         seen = layer.seen_tokens(context_tokens)
-        read = layer.params_read(round(batch)) / tp + batch * seen * spec.kv_values_per_rank(tp)
+        read = layer.params_read(batch) / tp + batch * seen * spec.kv_values_per_rank(tp)
         flops = batch * (layer.flops_per_token + seen * spec.decode_attention_flops) / tp
         memory_s = read * DTYPE_BYTES[self.dtype] / device.bytes_per_s
         return (

@@ -44,11 +44,11 @@ class LayerSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Multiply-adds count as two; attention over the context is apart (`ModelSpec.attention_flops`)."""
         return 2 * (self.dense_matmul_params + self.n_active_experts * self.expert_params)
 
-    def params_read(self, batch: int) -> float:
+    def params_read(self, batch: float) -> float:
         """Parameters that a step of `batch` tokens reads, if tokens pick experts evenly at random."""
         if not self.n_experts:
             return float(self.params)
-        unused = (1.0 - self.n_active_experts / self.n_experts) ** batch
+        unused: float = (1.0 - self.n_active_experts / self.n_experts) ** batch
         return self.params - self.n_experts * self.expert_params * unused
 
 

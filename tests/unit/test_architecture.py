@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": FACTS,
     "roofline": FACTS | {"plan"},
     "fleet": FACTS | {"plan", "catalogue", "toml_text"},
+    "score": FACTS | {"plan", "cost", "roofline"},
     "papers": FACTS | {"plan"},
     "cost": FACTS | {"plan"},
     "serving": FACTS | {"plan", "wire"},
