@@ -94,24 +94,39 @@ def _simulated_period_s(pipeline: Pipeline, steps: list[float], payload: float, 
     return (started[-1] - started[half - 1]) / (len(started) - half)
 
 
-@given(_pipelines())
-def test_the_period_is_that_of_a_simulated_pipeline(pipeline: Pipeline) -> None:
-    capacities = _capacities()
-    found = capacities.decode(pipeline)
-    if found.batch == 0:
-        return
+def _simulated_rate(capacities: Capacities, pipeline: Pipeline, batch: float, n_jobs: int) -> float:
+    """Tokens per second of the closed pipeline with so many micro-batches of that size."""
+    context = capacities.workload.mean_context
     steps = [
         sum(
-            capacities.model.decode_layer_s(seat.group, layer, found.batch, capacities.workload.mean_context)
+            capacities.model.decode_layer_s(seat.group, layer, batch, context)
             for layer in SMALL.layers[seat.start : seat.stop]
         )
         for seat in pipeline.seats
     ]
-    steps[-1] += capacities.model.head_s(pipeline.seats[-1].group, found.batch)
-    payload = found.batch * capacities.model.hidden_bytes
-    period_s = _simulated_period_s(pipeline, steps, payload, found.micro_batches)
-    assert found.tokens_per_s == pytest.approx(found.batch / period_s, rel=0.01)
-    assert found.tpot_s == pytest.approx(found.micro_batches * period_s, rel=0.01)
+    steps[-1] += capacities.model.head_s(pipeline.seats[-1].group, batch)
+    return batch / _simulated_period_s(pipeline, steps, batch * capacities.model.hidden_bytes, n_jobs)
+
+
+@given(_pipelines())
+def test_the_rate_is_that_of_a_simulated_pipeline(pipeline: Pipeline) -> None:
+    capacities = _capacities()
+    found = capacities.decode(pipeline)
+    if found.batch == 0:
+        return
+    rate = _simulated_rate(capacities, pipeline, found.batch, found.micro_batches)
+    assert found.tokens_per_s == pytest.approx(rate, rel=0.01)
+    assert found.tpot_s == pytest.approx(found.micro_batches * found.batch / rate, rel=0.01)
+
+
+@given(pipeline=_pipelines(), n_jobs=st.integers(1, 12))
+def test_no_other_number_of_micro_batches_is_better(pipeline: Pipeline, n_jobs: int) -> None:
+    capacities = _capacities()
+    resident = capacities.resident(pipeline)
+    if resident < n_jobs:
+        return
+    rate = _simulated_rate(capacities, pipeline, min(resident / n_jobs, 256), n_jobs)
+    assert rate <= capacities.decode(pipeline).tokens_per_s * 1.01
 
 
 @given(_pipelines())

@@ -55,11 +55,14 @@ def test_a_trace_that_does_not_rise_is_refused(times: tuple[float, ...]) -> None
         TraceArrivals(times=times)
 
 
-def test_requests_are_the_same_for_the_same_seed_and_keep_their_lengths_at_another_rate() -> None:
+def test_requests_are_the_same_for_the_same_seed_and_keep_their_lengths_with_other_arrivals() -> None:
     slow, fast = (Workload.of(CLASSES["HPLD"], PoissonArrivals(requests_per_s=rate)) for rate in (1.0, 5.0))
     drawn = [list(requests(slow, random.Random(5), n=200)) for _ in range(2)]
     assert drawn[0] == drawn[1]
     assert drawn[0] != list(requests(slow, random.Random(6), n=200))
+    bursts = Workload.of(CLASSES["HPLD"], GammaArrivals(requests_per_s=1.0, cv=3.0))
+    in_bursts = list(requests(bursts, random.Random(5), n=200))
+    assert [one.prompt_tokens for one in in_bursts] == [one.prompt_tokens for one in drawn[0]]
     faster = list(requests(fast, random.Random(5), n=200))
     assert [(one.prompt_tokens, one.output_tokens) for one in faster] == [
         (one.prompt_tokens, one.output_tokens) for one in drawn[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from hexmesh.errors import InvalidInput
@@ -35,12 +37,16 @@ def test_a_trace_is_read_in_order_of_arrival(text: str) -> None:
     assert trace.lengths.mean_context == pytest.approx((4 * 22 + 2 * 11) / 6)
 
 
-def test_times_of_day_and_other_names_of_columns_are_understood() -> None:
+def test_times_of_day_and_other_names_of_columns_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
     trace = read_trace(AZURE)
     assert trace.pairs == ((374, 44), (396, 109))
     first, second = trace.arrivals.times
     assert second - first == pytest.approx(4.314579, abs=1e-6)
     assert first == pytest.approx(1700158546.68059, abs=1e-5)
+    monkeypatch.undo()
+    time.tzset()
 
 
 @pytest.mark.parametrize(
