@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hexmesh.catalogue import device_named, efficiency_of, link_named
@@ -153,6 +153,7 @@ _DEVICES = st.builds(
 _FABRICS = st.builds(Fabric, kind=st.just(""), bytes_per_s=st.floats(1e9, 1e12), step_s=st.floats(0.0, 1e-5))
 
 
+@settings(deadline=None)
 @given(
     device=_DEVICES,
     fabric=_FABRICS,
@@ -184,6 +185,7 @@ def test_faster_parts_never_slow_a_layer_down(
         assert model.prefill_layer_s(faster, layer, context) <= model.prefill_layer_s(group, layer, context)
 
 
+@settings(deadline=None)
 @given(device=_DEVICES, batch=st.integers(1, 255), context=st.floats(1, 1e5))
 def test_more_sequences_take_longer_and_give_no_fewer_tokens_a_second(
     device: Device, batch: int, context: float

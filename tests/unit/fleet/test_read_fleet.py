@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hexmesh.errors import InvalidInput
@@ -219,6 +219,7 @@ _FLEETS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(_FLEETS)
 def test_any_fleet_can_be_written_and_read_again(fleet: Fleet) -> None:
     sites = fleet.site_names()

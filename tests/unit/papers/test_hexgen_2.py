@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hexmesh.catalogue import device_named
@@ -30,6 +30,7 @@ def test_a8_the_toy_network() -> None:
 _CAPACITIES = st.integers(0, 50)
 
 
+@settings(deadline=None)
 @given(
     prefill=st.lists(_CAPACITIES, min_size=1, max_size=4),
     decode=st.lists(_CAPACITIES, min_size=1, max_size=4),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hexmesh.errors import InvalidInput
@@ -55,6 +55,7 @@ def test_a_fit_gives_back_what_was_sampled() -> None:
     assert fitted.correlation == pytest.approx(0.4, abs=0.03)
 
 
+@settings(deadline=None)
 @given(_PAIRS)
 def test_a_fit_keeps_means_and_unless_cut_the_mean_context(pairs: list[tuple[int, int]]) -> None:
     fitted, traced = fit_lognormal(pairs), TracedLengths(pairs=tuple(pairs))
@@ -63,6 +64,7 @@ def test_a_fit_keeps_means_and_unless_cut_the_mean_context(pairs: list[tuple[int
         assert fitted.mean_context == pytest.approx(traced.mean_context, rel=1e-6)
 
 
+@settings(deadline=None)
 @given(_PAIRS)
 def test_the_mean_context_lies_between_the_shortest_and_the_longest(pairs: list[tuple[int, int]]) -> None:
     contexts = [prompt + output / 2 for prompt, output in pairs]

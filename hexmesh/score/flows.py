@@ -1,0 +1,194 @@
+"""The most requests that replicas serve together, and what stops them: a linear program over rates and KV handoffs.
+
+x_r and y_r are prompts and outputs a second at replica r; f_pd requests that p prefills and d decodes.
+
+    maximise the sum of f
+    sum over d of f_pd = x_p        sum over p of f_pd = y_d
+    prefill   x <= P, y = 0         decode   y <= D, x = 0
+    mixed     x / P + y / D <= R / P + R / D, R being its balanced rate: what overlapping costs is in R
+    every NIC out, NIC in, line between sites and link:  sum of f_pd x KV bytes of p to d that cross it <= bytes/s
+
+KV of a layer goes from whoever holds the layer in p to whoever holds it in d; inside a host it crosses nothing, and a
+replica hands over to itself for nothing. After HexGen-2 (flow network); differs: NICs and lines are shared by all
+pairs, which a network of replicas cannot say, and replicas may do both.
+
+All limits are homogeneous, so the shadow price of each times its limit is its share of the result, and the shares sum
+to one: the largest names the bottleneck.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.optimize import linprog
+
+from hexmesh.cluster import Cluster, Role
+from hexmesh.plan import Stage
+
+LimitKind = Literal["prefill", "decode", "mixed", "nic_out", "nic_in", "line", "link"]
+Way = tuple[str, str]
+"""From a node to a node."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaRates:
+    """What one replica does at most, in requests per second."""
+
+    name: str
+    role: Role
+    prefill: float
+    decode: float
+    both: float
+    """Balanced, for "mixed"; not used by the others."""
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Something that is used up."""
+
+    kind: LimitKind
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowScore:
+    """The best steady state of some replicas."""
+
+    requests_per_s: float
+    prefill: Mapping[str, float]
+    decode: Mapping[str, float]
+    """Rates by replica."""
+    flows: Mapping[tuple[str, str], float]
+    """Requests per second by (prefill, decode) replica, zeros left out."""
+    shares: Mapping[Limit, float]
+    """How much of the result each limit decides; they sum to one. Zeros left out."""
+
+    @property
+    def bottleneck(self) -> Limit | None:
+        """The limit that decides most; None where nothing is served."""
+        return max(self.shares, key=self.shares.__getitem__, default=None)
+
+
+def handoff_bytes(prefill: Sequence[Stage], decode: Sequence[Stage], layer_bytes: float) -> dict[Way, float]:
+    """Bytes of one request's KV by way between two hosts, `layer_bytes` for each layer."""
+    ways = defaultdict[Way, float](float)
+    for a in prefill:
+        for b in decode:
+            n_layers = min(a.stop, b.stop) - max(a.start, b.start)
+            if n_layers > 0 and a.node != b.node:
+                ways[a.node, b.node] += n_layers * layer_bytes
+    return dict(ways)
+
+
+def best_flow(replicas: Sequence[ReplicaRates], cluster: Cluster, layer_bytes: float) -> FlowScore:
+    """The most requests that the replicas serve; `layer_bytes` is the KV of one prompt in one layer."""
+    pairs = list(_pairs(replicas, cluster, layer_bytes))
+    rows = defaultdict[Limit, dict[int, float]](dict)
+    for at, (p, d, ways) in enumerate(pairs):
+        for limit, use in _uses(replicas[p], replicas[d], ways, cluster):
+            rows[limit][at] = rows[limit].get(at, 0.0) + use
+    limits = _limits(replicas, cluster)
+    kept = [limit for limit in rows if np.isfinite(limits[limit])]
+    if not pairs:
+        return _score(replicas, pairs, [], 0.0, {})
+    uses = np.zeros((len(kept), len(pairs)))
+    for row, limit in enumerate(kept):
+        uses[row, list(rows[limit])] = list(rows[limit].values())
+    most = np.array([limits[limit] for limit in kept])
+    scale = np.where(most > 0, most, 1.0)
+    found = linprog(-np.ones(len(pairs)), A_ub=uses / scale[:, None], b_ub=most / scale, method="highs")
+    assert found.success, found.message
+    total = float(-found.fun)
+    prices = -found.ineqlin.marginals * (most / scale)
+    return _score(
+        replicas, pairs, found.x, total, dict(zip(kept, prices / total if total > 0 else prices, strict=True))
+    )
+
+
+def _score(
+    replicas: Sequence[ReplicaRates],
+    pairs: Sequence[tuple[int, int, Mapping[Way, float]]],
+    rates: Sequence[float],
+    total: float,
+    shares: Mapping[Limit, float],
+) -> FlowScore:
+    flows = {
+        (replicas[p].name, replicas[d].name): float(rate)
+        for (p, d, _), rate in zip(pairs, rates, strict=True)
+        if rate > 1e-9 * max(total, 1e-30)
+    }
+    names = [replica.name for replica in replicas]
+    return FlowScore(
+        requests_per_s=total,
+        prefill={name: sum(rate for (p, _), rate in flows.items() if p == name) for name in names},
+        decode={name: sum(rate for (_, d), rate in flows.items() if d == name) for name in names},
+        flows=flows,
+        shares={limit: float(share) for limit, share in shares.items() if share > 1e-9} if total > 0 else {},
+    )
+
+
+def _pairs(
+    replicas: Sequence[ReplicaRates], cluster: Cluster, layer_bytes: float
+) -> Iterator[tuple[int, int, Mapping[Way, float]]]:
+    """Pairs of replicas that may hand over, with the bytes that a request sends: none over a missing link."""
+    links = cluster.link_table()
+    for p, source in enumerate(replicas):
+        for d, target in enumerate(replicas):
+            if source.role == "decode" or target.role == "prefill" or (p == d and source.role != "mixed"):
+                continue
+            ways = {} if p == d else handoff_bytes(source.stages, target.stages, layer_bytes)
+            if all(way in links for way in ways):
+                yield p, d, ways
+
+
+def _uses(
+    source: ReplicaRates, target: ReplicaRates, ways: Mapping[Way, float], cluster: Cluster
+) -> Iterator[tuple[Limit, float]]:
+    """What one request a second of that pair takes of each limit."""
+    yield from _rate_uses(source, 1.0, 0.0)
+    yield from _rate_uses(target, 0.0, 1.0)
+    sites = {node.id: node.site for node in cluster.nodes}
+    for (src, dst), n_bytes in ways.items():
+        yield Limit("nic_out", src), n_bytes
+        yield Limit("nic_in", dst), n_bytes
+        yield Limit("link", f"{src} to {dst}"), n_bytes
+        if sites[src] != sites[dst]:
+            yield Limit("line", f"{sites[src]} to {sites[dst]}"), n_bytes
+
+
+def _rate_uses(replica: ReplicaRates, prompts: float, outputs: float) -> Iterator[tuple[Limit, float]]:
+    """Of the replica's own rates."""
+    if prompts:
+        yield Limit("prefill", replica.name), prompts
+    if outputs:
+        yield Limit("decode", replica.name), outputs
+    if replica.role == "mixed" and replica.prefill > 0 and replica.decode > 0:
+        yield Limit("mixed", replica.name), prompts / replica.prefill + outputs / replica.decode
+
+
+def _limits(replicas: Sequence[ReplicaRates], cluster: Cluster) -> Mapping[Limit, float]:
+    """How much there is of everything; what is not known is unlimited."""
+    limits = dict[Limit, float]()
+    for replica in replicas:
+        limits[Limit("prefill", replica.name)] = replica.prefill
+        limits[Limit("decode", replica.name)] = replica.decode
+        if replica.role == "mixed" and replica.prefill > 0 and replica.decode > 0:
+            balanced = replica.both / replica.prefill + replica.both / replica.decode
+            limits[Limit("mixed", replica.name)] = balanced
+    for node in cluster.nodes:
+        nic = node.nic
+        limits[Limit("nic_out", node.id)] = np.inf if nic is None else nic.out_bytes_per_s
+        limits[Limit("nic_in", node.id)] = np.inf if nic is None else nic.in_bytes_per_s
+    for link in cluster.links:
+        limits[Limit("link", f"{link.src} to {link.dst}")] = link.bytes_per_s
+    lines = {(line.src, line.dst): line.bytes_per_s for line in cluster.site_links}
+    sites = {node.site for node in cluster.nodes}
+    for src in sites:
+        for dst in sites - {src}:
+            limits[Limit("line", f"{src} to {dst}")] = lines.get((src, dst), np.inf)
+    return limits
