@@ -141,7 +141,7 @@ def _pairs(
         for d, target in enumerate(replicas):
             if source.role == "decode" or target.role == "prefill" or (p == d and source.role != "mixed"):
                 continue
-            ways = {} if p == d else handoff_bytes(source.stages, target.stages, layer_bytes)
+            ways = handoff_bytes(source.stages, target.stages, layer_bytes)
             if all(way in links for way in ways):
                 yield p, d, ways
 

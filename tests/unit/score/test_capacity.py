@@ -272,3 +272,33 @@ def test_missing_ways_are_named() -> None:
     )
     with pytest.raises(InvalidInput, match="a100: no way between its devices is known"):
         pipeline_of([_stage("a100", (0, 1), 0, 80)], bare)
+
+
+def test_a_group_of_unlike_devices_is_as_fast_as_its_slowest_and_as_roomy_as_its_tightest() -> None:
+    text = """
+[[host]]
+name = "odd"
+devices = [
+  { name = "big", budget = 4e10, flops = { float16 = 1e14 }, bandwidth = 1e12 },
+  { name = "quick", budget = 1e10, flops = { float16 = 3e14 }, bandwidth = 2e12 },
+]
+fabric_rate = 1e10
+"""
+    cluster = cluster_of(read_fleet(text), "float16")
+    (seat,) = pipeline_of([_stage("odd", (0, 1), 0, 8)], cluster).seats
+    device = seat.group.device
+    assert (device.budget_bytes, device.flops_per_s, device.bytes_per_s) == (10**10, 1e14, 1e12)
+    assert seat.group.tp == 2
+
+
+def test_prefill_needs_room_for_the_prompt_it_computes_and_the_one_it_hands_over() -> None:
+    capacities = _capacities()
+    weights = capacities.costs.weight_bytes(0, 8) + capacities.costs.workspace_bytes(8)
+    kv = 2 * 512 * 8 * SMALL.kv_values_per_token * 2
+    for budget, fits in ((weights + kv, True), (weights + kv - 1, False)):
+        device = Device(
+            index=0, kind="cuda", name="", budget_bytes=budget, flops_per_s=1e14, bytes_per_s=1e12
+        )
+        group = Group(device=device, fabric=None, tp=1, launch_s=0.0)
+        pipeline = Pipeline(seats=(Seat(group=group, start=0, stop=8),), hops=(), back=Hop(0.0, 1e9))
+        assert (capacities.prefill(pipeline).requests_per_s > 0) is fits

@@ -264,7 +264,7 @@ def test_flows_keep_every_limit_and_conserve(case: tuple[list[ReplicaRates], Clu
             assert x / replica.prefill + y / replica.decode <= share * (1 + 1e-6) + 1e-9
     sent = dict.fromkeys(by_name, 0.0)
     for (p, d), rate in found.flows.items():
-        ways = {} if p == d else handoff_bytes(by_name[p].stages, by_name[d].stages, LAYER_BYTES)
+        ways = handoff_bytes(by_name[p].stages, by_name[d].stages, LAYER_BYTES)
         for (src, _), n_bytes in ways.items():
             sent[src] += rate * n_bytes
     for node in cluster.nodes:
