@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from hexmesh.errors import InvalidInput
 from hexmesh.workload import (
     CLASSES,
+    ConstantLengths,
     GammaArrivals,
     LognormalLengths,
     PoissonArrivals,
@@ -17,6 +21,7 @@ from hexmesh.workload import (
     read_trace,
     read_workload,
 )
+from hexmesh.workload.file import SloTable, WorkloadFile
 
 CSV = "arrival_s,prompt_tokens,output_tokens\n3.5,10,2\n1,20,4\n"
 AZURE = (
@@ -124,3 +129,25 @@ def test_a_class_by_name_and_rate() -> None:
     for wrong in ("HPLX", "HPLD@fast", "HPLD@0", "HPLD@nan"):
         with pytest.raises(InvalidInput):
             named_workload(wrong)
+
+
+DOCUMENT = (Path(__file__).resolve().parents[3] / "docs" / "workloads.md").read_text(encoding="utf-8")
+
+
+def test_the_document_names_every_key_and_its_example_is_one() -> None:
+    named = set(re.findall(r"`(\w+)`", DOCUMENT))
+    tables = (WorkloadFile, ConstantLengths, LognormalLengths, PoissonArrivals, GammaArrivals, SloTable)
+    keys = {field.encode_name for table in tables for field in msgspec.structs.fields(table)}
+    assert keys - {"slo", "lengths", "arrivals"} <= named
+    example = "\n".join(line[4:] for line in DOCUMENT.splitlines() if line.startswith("    "))
+    assert read_workload(example).slo == Slo(ttft_s=2.0, tpot_s=0.08, attainment=0.95)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_document_shows_the_classes(name: str) -> None:
+    lengths = CLASSES[name]
+    row = (
+        f"| {name} | {lengths.prompt:,.0f} ({lengths.prompt_cv:.2f}) | {lengths.output:.0f} ({lengths.output_cv:.2f}) "
+        f"| {lengths.mean_context:,.0f} |"
+    )
+    assert row in DOCUMENT
