@@ -8,8 +8,15 @@ import pytest
 
 from hexmesh.catalogue import device_named, efficiency_of
 from hexmesh.cluster import Cluster, Fabric, Nic, SiteLink
+from hexmesh.cost import CostModel, StepLimits
 from hexmesh.errors import InvalidInput
 from hexmesh.fleet import cluster_of, read_fleet
+from hexmesh.model_spec import model_spec_from_config
+from hexmesh.plan import Plan
+from hexmesh.schedule.check import check_plan
+from hexmesh.schedule.layout import lay_out
+from hexmesh.score import Capacities, score_replicas
+from hexmesh.workload import Workload
 
 FLEETS = Path(__file__).resolve().parents[3] / "docs" / "fleets"
 
@@ -175,3 +182,28 @@ def test_sites_without_a_line_are_not_connected_unless_the_defaults_say_so() -> 
     everywhere = _cluster(text.replace("[defaults]", '[defaults]\nwan_rate = "1Gbit/s"'))
     assert len(everywhere.links) == 6
     assert everywhere.link_table()["x-0", "y"].rtt_p50_s == 0.04
+
+
+def test_the_planner_of_running_meshes_plans_over_a_file_too() -> None:
+    config = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+    }
+    spec, cluster = model_spec_from_config(config), _example("two-desks")
+    hosts = {node.id: 1 for node in cluster.nodes}
+    plan = lay_out(
+        cluster,
+        spec,
+        "float16",
+        Workload(),
+        model_id="m",
+        model_name="m",
+        hosts=hosts,
+        max_model_tokens=4096,
+    )
+    assert isinstance(plan, Plan)
+    assert check_plan(plan, cluster, spec) == []
+    capacities = Capacities(CostModel(spec, "float16", 16, StepLimits()), Workload())
+    assert score_replicas(plan.replicas, cluster, capacities).requests_per_s > 0
