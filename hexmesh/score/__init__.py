@@ -3,6 +3,7 @@
 `Capacities` rates one replica in each role, `best_flow` puts replicas together, `score_replicas` does both for a plan.
 """
 
+from hexmesh.score.bound import fluid_bound
 from hexmesh.score.capacity import Capacities, Decode, Mixed, Prefill
 from hexmesh.score.flows import FlowScore, Limit, ReplicaRates, best_flow, handoff_bytes
 from hexmesh.score.pipeline import Hop, Pipeline, Seat, pipeline_of
@@ -20,6 +21,7 @@ __all__ = [
     "ReplicaRates",
     "Seat",
     "best_flow",
+    "fluid_bound",
     "handoff_bytes",
     "pipeline_of",
     "replica_rates",

@@ -65,6 +65,9 @@ class Mixed:
     batch: float
     micro_batches: int
     tpot_s: float
+    uses: tuple[tuple[float, float], ...]
+    """Of every stage, every hop and the round trip: seconds for a prompt and for an output, at this batch. With x
+    prompts and y outputs a second, x times the first and y times the second must not exceed 1 for any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +136,25 @@ class Capacities:
         step = _Step(step_s, 1.0 + self.workload.prompt_tokens / output)
         batch, n, period_s = self._best(pipeline, step)
         return Mixed(
-            requests_per_s=batch / period_s / output, batch=batch, micro_batches=n, tpot_s=n * period_s
+            requests_per_s=batch / period_s / output,
+            batch=batch,
+            micro_batches=n,
+            tpot_s=n * period_s,
+            uses=tuple(self._uses(pipeline, batch, n)) if batch > 0 else (),
+        )
+
+    def _uses(self, pipeline: Pipeline, batch: float, n: int) -> Iterator[tuple[float, float]]:
+        prompt, output = self.workload.prompt_tokens, self.workload.output_tokens
+        prompts = [self._prefill_s(seat) for seat in pipeline.seats]
+        outputs = [self._decode_s(seat, batch) * output / batch for seat in pipeline.seats]
+        token_s = [hop.send_s(self.model.hidden_bytes) for hop in pipeline.hops]
+        sends = [(prompt * send_s, output * send_s) for send_s in token_s]
+        yield from zip(prompts, outputs, strict=True)
+        yield from sends
+        delays_s = sum(hop.delay_s for hop in pipeline.hops) + pipeline.back.delay_s
+        yield (
+            (sum(prompts) + sum(there for there, _ in sends)) / n,
+            (sum(outputs) + sum(back for _, back in sends) + delays_s * output / batch) / n,
         )
 
     def _best(self, pipeline: Pipeline, step: _Step) -> tuple[float, int, float]:

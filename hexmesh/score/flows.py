@@ -5,7 +5,7 @@ x_r and y_r are prompts and outputs a second at replica r; f_pd requests that p 
     maximise the sum of f
     sum over d of f_pd = x_p        sum over p of f_pd = y_d
     prefill   x <= P, y = 0         decode   y <= D, x = 0
-    mixed     x / P + y / D <= R / P + R / D, R being its balanced rate: what overlapping costs is in R
+    mixed     x times a prompt's seconds + y times an output's <= 1 for every stage, hop and the round trip
     every NIC out, NIC in, line between sites and link:  sum of f_pd x KV bytes of p to d that cross it <= bytes/s
 
 KV of a layer goes from whoever holds the layer in p to whoever holds it in d; inside a host it crosses nothing, and a
@@ -42,14 +42,14 @@ class ReplicaRates:
     role: Role
     prefill: float
     decode: float
-    both: float
-    """Balanced, for "mixed"; not used by the others."""
     stages: tuple[Stage, ...]
+    uses: tuple[tuple[float, float], ...] = ()
+    """As in `Mixed`, for "mixed"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Something that is used up."""
+    """Something that is used up. A mixed replica's parts are numbered: its stages, its hops, the round trip."""
 
     kind: LimitKind
     name: str
@@ -167,8 +167,8 @@ def _rate_uses(replica: ReplicaRates, prompts: float, outputs: float) -> Iterato
         yield Limit("prefill", replica.name), prompts
     if outputs:
         yield Limit("decode", replica.name), outputs
-    if replica.role == "mixed" and replica.prefill > 0 and replica.decode > 0:
-        yield Limit("mixed", replica.name), prompts / replica.prefill + outputs / replica.decode
+    for part, (prompt_s, output_s) in enumerate(replica.uses):
+        yield Limit("mixed", f"{replica.name}/{part}"), prompts * prompt_s + outputs * output_s
 
 
 def _limits(replicas: Sequence[ReplicaRates], cluster: Cluster) -> Mapping[Limit, float]:
@@ -177,9 +177,8 @@ def _limits(replicas: Sequence[ReplicaRates], cluster: Cluster) -> Mapping[Limit
     for replica in replicas:
         limits[Limit("prefill", replica.name)] = replica.prefill
         limits[Limit("decode", replica.name)] = replica.decode
-        if replica.role == "mixed" and replica.prefill > 0 and replica.decode > 0:
-            balanced = replica.both / replica.prefill + replica.both / replica.decode
-            limits[Limit("mixed", replica.name)] = balanced
+        for part in range(len(replica.uses)):
+            limits[Limit("mixed", f"{replica.name}/{part}")] = 1.0
     for node in cluster.nodes:
         nic = node.nic
         limits[Limit("nic_out", node.id)] = np.inf if nic is None else nic.out_bytes_per_s

@@ -25,14 +25,9 @@ def replica_rates(replica: Replica, cluster: Cluster, capacities: Capacities) ->
     pipeline = pipeline_of(replica.stages, cluster)
     prefill = capacities.prefill(pipeline).requests_per_s if replica.role != "decode" else 0.0
     decode = capacities.decode(pipeline).requests_per_s if replica.role != "prefill" else 0.0
-    both = capacities.mixed(pipeline).requests_per_s if replica.role == "mixed" else 0.0
+    uses = capacities.mixed(pipeline).uses if replica.role == "mixed" else ()
     return ReplicaRates(
-        name=replica.id,
-        role=replica.role,
-        prefill=prefill,
-        decode=decode,
-        both=both,
-        stages=replica.stages,
+        name=replica.id, role=replica.role, prefill=prefill, decode=decode, stages=replica.stages, uses=uses
     )
 
 

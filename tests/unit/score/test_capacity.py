@@ -197,6 +197,16 @@ def test_doing_both_is_slower_than_either(pipeline: Pipeline) -> None:
         assert mixed <= prefill * (1 + 1e-9)
 
 
+@settings(deadline=None)
+@given(_pipelines())
+def test_the_busiest_part_of_a_mixed_replica_decides_its_balanced_rate(pipeline: Pipeline) -> None:
+    mixed = _capacities().mixed(pipeline)
+    if mixed.requests_per_s > 0:
+        assert len(mixed.uses) == 2 * len(pipeline.seats)
+        busiest = max(prompt + output for prompt, output in mixed.uses)
+        assert mixed.requests_per_s == pytest.approx(1 / busiest)
+
+
 def _mixed_24() -> Cluster:
     return cluster_of(read_fleet((FLEETS / "mixed-24.toml").read_text(encoding="utf-8")), "float16")
 

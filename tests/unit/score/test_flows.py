@@ -45,14 +45,22 @@ def _stage(node: str, start: int = 0, stop: int = N_LAYERS, devices: tuple[int, 
     )
 
 
-def _replica(name: str, role: Role, rate: float, *stages: Stage, both: float = 0.0) -> ReplicaRates:
+def _replica(name: str, role: Role, rate: float, *stages: Stage) -> ReplicaRates:
     return ReplicaRates(
         name=name,
         role=role,
         prefill=rate if role != "decode" else 0.0,
         decode=rate if role != "prefill" else 0.0,
-        both=both,
         stages=stages or (_stage(name),),
+    )
+
+
+def _mixed(name: str, prefill: float, decode: float, both: float, *stages: Stage) -> ReplicaRates:
+    """One part that does `both` requests a second, prompts costing as much more as prefill is slower."""
+    share = both / prefill + both / decode
+    uses = ((1 / prefill / share, 1 / decode / share),)
+    return ReplicaRates(
+        name=name, role="mixed", prefill=prefill, decode=decode, stages=stages or (_stage(name),), uses=uses
     )
 
 
@@ -138,19 +146,15 @@ def test_a_line_between_sites_is_shared_by_all_pairs_of_hosts() -> None:
 
 
 def test_a_mixed_replica_alone_does_its_balanced_rate() -> None:
-    found = best_flow(
-        [ReplicaRates(name="m", role="mixed", prefill=30.0, decode=10.0, both=7.0, stages=(_stage("m"),))],
-        _cluster(["m"]),
-        LAYER_BYTES,
-    )
+    found = best_flow([_mixed("m", 30.0, 10.0, 7.0)], _cluster(["m"]), LAYER_BYTES)
     assert found.requests_per_s == pytest.approx(7.0)
     assert found.flows == {("m", "m"): pytest.approx(7.0)}
-    assert found.bottleneck == Limit("mixed", "m")
+    assert found.bottleneck == Limit("mixed", "m/0")
 
 
 def test_a_mixed_replica_fills_what_a_pure_one_leaves() -> None:
     """A prefill replica of 20/s beside a mixed one that prefills 30/s or decodes 10/s: it decodes for both."""
-    mixed = ReplicaRates(name="m", role="mixed", prefill=30.0, decode=10.0, both=7.5, stages=(_stage("m"),))
+    mixed = _mixed("m", 30.0, 10.0, 7.5)
     found = best_flow([_replica("p", "prefill", 20.0), mixed], _cluster(["p", "m"]), LAYER_BYTES)
     assert found.requests_per_s == pytest.approx(10.0)
     assert found.prefill["p"] == pytest.approx(10.0)
@@ -182,17 +186,11 @@ def _cases(draw: st.DrawFn) -> tuple[list[ReplicaRates], Cluster]:
     for name in names:
         role = draw(st.sampled_from(["prefill", "decode", "mixed"]))
         rate, other = draw(_RATES), draw(_RATES)
-        slower = min(rate, other)
-        replicas.append(
-            ReplicaRates(
-                name=name,
-                role=role,
-                prefill=rate if role != "decode" else 0.0,
-                decode=other if role != "prefill" else 0.0,
-                both=slower * draw(st.floats(0.3, 0.9)) if role == "mixed" else 0.0,
-                stages=(_stage(name, 0, 4), _stage(draw(st.sampled_from(names)), 4, 8)),
-            )
-        )
+        stages = (_stage(name, 0, 4), _stage(draw(st.sampled_from(names)), 4, 8))
+        if role == "mixed":
+            replicas.append(_mixed(name, rate, other, min(rate, other) * draw(st.floats(0.3, 0.9)), *stages))
+        else:
+            replicas.append(_replica(name, role, rate, *stages))
     speed = N_LAYERS * LAYER_BYTES
     cluster = _cluster(
         names,
@@ -231,18 +229,16 @@ def _raised(
         return replicas, msgspec.structs.replace(cluster, **{table: tuple(rows)})
 
     def better(replica: ReplicaRates) -> ReplicaRates:
-        if replica.name != limit.name:
+        if replica.name != limit.name.split("/")[0]:
             return replica
-        both = replica.both * (factor if limit.kind == "mixed" else 1.0)
-        prefill = replica.prefill * (factor if limit.kind == "prefill" else 1.0)
-        decode = replica.decode * (factor if limit.kind == "decode" else 1.0)
+        slower = 1 / factor if limit.kind == "mixed" else 1.0
         return ReplicaRates(
             name=replica.name,
             role=replica.role,
-            prefill=prefill,
-            decode=decode,
-            both=both,
+            prefill=replica.prefill * (factor if limit.kind == "prefill" else 1.0),
+            decode=replica.decode * (factor if limit.kind == "decode" else 1.0),
             stages=replica.stages,
+            uses=tuple((prompt * slower, output * slower) for prompt, output in replica.uses),
         )
 
     return [better(replica) for replica in replicas], cluster
@@ -259,9 +255,7 @@ def test_flows_keep_every_limit_and_conserve(case: tuple[list[ReplicaRates], Clu
         x, y = found.prefill[name], found.decode[name]
         assert x <= replica.prefill * (1 + 1e-6) + 1e-9
         assert y <= replica.decode * (1 + 1e-6) + 1e-9
-        if replica.role == "mixed":
-            share = replica.both / replica.prefill + replica.both / replica.decode
-            assert x / replica.prefill + y / replica.decode <= share * (1 + 1e-6) + 1e-9
+        assert all(x * prompt + y * output <= 1 + 1e-6 for prompt, output in replica.uses)
     sent = dict.fromkeys(by_name, 0.0)
     for (p, d), rate in found.flows.items():
         ways = handoff_bytes(by_name[p].stages, by_name[d].stages, LAYER_BYTES)
@@ -354,8 +348,9 @@ def test_a_plan_over_a_fleet_is_scored_by_its_replicas_and_their_network() -> No
     found = score_replicas(plan, cluster, capacities)
     rates = {replica.id: replica_rates(replica, cluster, capacities) for replica in plan}
     assert rates["a100"].decode == rates["a6000"].prefill == 0.0
-    assert 0 < rates["h100"].both < min(rates["h100"].prefill, rates["h100"].decode)
-    assert rates["h100"].both < found.requests_per_s <= rates["h100"].decode + rates["a6000"].decode
+    both = 1 / max(prompt + output for prompt, output in rates["h100"].uses)
+    assert 0 < both < min(rates["h100"].prefill, rates["h100"].decode)
+    assert both < found.requests_per_s <= rates["h100"].decode + rates["a6000"].decode
     assert set(found.flows) <= {("h100", "h100"), ("h100", "a6000"), ("a100", "a6000"), ("a100", "h100")}
     alone = score_replicas(plan[:1], cluster, capacities)
-    assert alone.requests_per_s == pytest.approx(rates["h100"].both)
+    assert alone.requests_per_s == pytest.approx(both)
