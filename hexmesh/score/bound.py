@@ -5,10 +5,10 @@ all of the time. So a device of a group of t contributes at most its density, th
 
     decode    b / (t o L a(b)) with b = min(what memory lets be resident, cap)      prefill    1 / (t L a)
 
-a being the quickest layer's time there (and l = 1, which leaves most room for KV). The busy shares of both phases sum to one at most. What a host prefills
-beyond what it decodes must leave through its NIC, and likewise for sites and their lines. A linear program over hosts
-maximises the rate. Optimistic: one micro-batch owns all of the memory, pipelines have no bubble and no hops, nothing
-but the layers takes memory, limits of time are ignored.
+a being the quickest layer's time there (and l = 1, which leaves most room for KV). The busy shares of both phases sum
+to one at most. What a host prefills beyond what it decodes must leave through its NIC, and likewise for sites and their
+lines. A linear program over hosts maximises the rate. Optimistic: one micro-batch owns all of the memory, pipelines
+have no bubble and no hops, nothing but the layers takes memory, limits of time are ignored.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 from scipy.optimize import linprog
+from scipy.sparse import csr_matrix
 
 from hexmesh.cluster import Cluster, Role
 from hexmesh.plan import Stage
@@ -88,26 +89,23 @@ def handoff_bytes(prefill: Sequence[Stage], decode: Sequence[Stage], layer_bytes
 def best_flow(replicas: Sequence[ReplicaRates], cluster: Cluster, layer_bytes: float) -> FlowScore:
     """The most requests that the replicas serve; `layer_bytes` is the KV of one prompt in one layer."""
     pairs = list(_pairs(replicas, cluster, layer_bytes))
-    rows = defaultdict[Limit, dict[int, float]](dict)
-    for at, (p, d, ways) in enumerate(pairs):
-        for limit, use in _uses(replicas[p], replicas[d], ways, cluster):
-            rows[limit][at] = rows[limit].get(at, 0.0) + use
-    limits = _limits(replicas, cluster)
-    kept = [limit for limit in rows if np.isfinite(limits[limit])]
     if not pairs:
         return _score(replicas, pairs, [], 0.0, {})
-    uses = np.zeros((len(kept), len(pairs)))
-    for row, limit in enumerate(kept):
-        uses[row, list(rows[limit])] = list(rows[limit].values())
-    most = np.array([limits[limit] for limit in kept])
+    limits, sites = _limits(replicas, cluster), {node.id: node.site for node in cluster.nodes}
+    rows, uses = dict[Limit, int](), defaultdict[tuple[int, int], float](float)
+    for at, (p, d, ways) in enumerate(pairs):
+        for limit, use in _uses(replicas[p], replicas[d], ways, sites):
+            if limit in limits:
+                uses[rows.setdefault(limit, len(rows)), at] += use
+    most = np.array([limits[limit] for limit in rows])
     scale = np.where(most > 0, most, 1.0)
-    found = linprog(-np.ones(len(pairs)), A_ub=uses / scale[:, None], b_ub=most / scale, method="highs")
+    at_row, at_pair = np.array(list(uses)).T
+    shares = csr_matrix((np.array(list(uses.values())) / scale[at_row], (at_row, at_pair)))
+    found = linprog(-np.ones(len(pairs)), A_ub=shares, b_ub=most / scale, method="highs")
     assert found.success, found.message
     total = float(-found.fun)
-    prices = -found.ineqlin.marginals * (most / scale)
-    return _score(
-        replicas, pairs, found.x, total, dict(zip(kept, prices / total if total > 0 else prices, strict=True))
-    )
+    prices = -found.ineqlin.marginals * (most / scale) / (total or 1.0)
+    return _score(replicas, pairs, found.x, total, dict(zip(rows, prices, strict=True)))
 
 
 def _score(
@@ -147,12 +145,11 @@ def _pairs(
 
 
 def _uses(
-    source: ReplicaRates, target: ReplicaRates, ways: Mapping[Way, float], cluster: Cluster
+    source: ReplicaRates, target: ReplicaRates, ways: Mapping[Way, float], sites: Mapping[str, str]
 ) -> Iterator[tuple[Limit, float]]:
     """What one request a second of that pair takes of each limit."""
     yield from _rate_uses(source, 1.0, 0.0)
     yield from _rate_uses(target, 0.0, 1.0)
-    sites = {node.id: node.site for node in cluster.nodes}
     for (src, dst), n_bytes in ways.items():
         yield Limit("nic_out", src), n_bytes
         yield Limit("nic_in", dst), n_bytes
@@ -172,22 +169,22 @@ def _rate_uses(replica: ReplicaRates, prompts: float, outputs: float) -> Iterato
 
 
 def _limits(replicas: Sequence[ReplicaRates], cluster: Cluster) -> Mapping[Limit, float]:
-    """How much there is of everything; what is not known is unlimited."""
+    """How much there is of everything that is known, links left out that their ends' NICs limit anyway."""
     limits = dict[Limit, float]()
     for replica in replicas:
         limits[Limit("prefill", replica.name)] = replica.prefill
         limits[Limit("decode", replica.name)] = replica.decode
         for part in range(len(replica.uses)):
             limits[Limit("mixed", f"{replica.name}/{part}")] = 1.0
-    for node in cluster.nodes:
-        nic = node.nic
-        limits[Limit("nic_out", node.id)] = np.inf if nic is None else nic.out_bytes_per_s
-        limits[Limit("nic_in", node.id)] = np.inf if nic is None else nic.in_bytes_per_s
+    nics = {node.id: node.nic for node in cluster.nodes if node.nic is not None}
+    for node_id, nic in nics.items():
+        limits[Limit("nic_out", node_id)] = nic.out_bytes_per_s
+        limits[Limit("nic_in", node_id)] = nic.in_bytes_per_s
     for link in cluster.links:
-        limits[Limit("link", f"{link.src} to {link.dst}")] = link.bytes_per_s
-    lines = {(line.src, line.dst): line.bytes_per_s for line in cluster.site_links}
-    sites = {node.site for node in cluster.nodes}
-    for src in sites:
-        for dst in sites - {src}:
-            limits[Limit("line", f"{src} to {dst}")] = lines.get((src, dst), np.inf)
+        out, into = nics.get(link.src), nics.get(link.dst)
+        is_slower_than_out = out is None or link.bytes_per_s < out.out_bytes_per_s
+        if is_slower_than_out and (into is None or link.bytes_per_s < into.in_bytes_per_s):
+            limits[Limit("link", f"{link.src} to {link.dst}")] = link.bytes_per_s
+    for line in cluster.site_links:
+        limits[Limit("line", f"{line.src} to {line.dst}")] = line.bytes_per_s
     return limits

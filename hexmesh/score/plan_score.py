@@ -21,13 +21,17 @@ def score_replicas(replicas: Iterable[Replica], cluster: Cluster, capacities: Ca
 
 
 def replica_rates(replica: Replica, cluster: Cluster, capacities: Capacities) -> ReplicaRates:
-    """What one replica does at most in its role."""
-    pipeline = pipeline_of(replica.stages, cluster)
-    prefill = capacities.prefill(pipeline).requests_per_s if replica.role != "decode" else 0.0
-    decode = capacities.decode(pipeline).requests_per_s if replica.role != "prefill" else 0.0
-    uses = capacities.mixed(pipeline).uses if replica.role == "mixed" else ()
+    """What one replica does at most in its role. A mixed one that cannot do both in time does prompts alone."""
+    pipeline, role = pipeline_of(replica.stages, cluster), replica.role
+    uses = capacities.mixed(pipeline).uses if role == "mixed" else ()
+    decodes = role == "decode" or len(uses) > 0
     return ReplicaRates(
-        name=replica.id, role=replica.role, prefill=prefill, decode=decode, stages=replica.stages, uses=uses
+        name=replica.id,
+        role=role,
+        prefill=capacities.prefill(pipeline).requests_per_s if role != "decode" else 0.0,
+        decode=capacities.decode(pipeline).requests_per_s if decodes else 0.0,
+        stages=replica.stages,
+        uses=uses,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -25,7 +26,7 @@ from hexmesh.score import (
     replica_rates,
     score_replicas,
 )
-from hexmesh.workload import CLASSES, Workload
+from hexmesh.workload import CLASSES, Slo, Workload
 
 FLEETS = Path(__file__).resolve().parents[3] / "docs" / "fleets"
 N_LAYERS = 8
@@ -354,3 +355,19 @@ def test_a_plan_over_a_fleet_is_scored_by_its_replicas_and_their_network() -> No
     assert set(found.flows) <= {("h100", "h100"), ("h100", "a6000"), ("a100", "a6000"), ("a100", "h100")}
     alone = score_replicas(plan[:1], cluster, capacities)
     assert alone.requests_per_s == pytest.approx(both)
+
+
+def test_a_mixed_replica_that_cannot_do_both_in_time_does_prompts_alone() -> None:
+    """Long prompts, short outputs and a tight limit: a step with its share of a prompt takes too long."""
+    cluster = cluster_of(read_fleet((FLEETS / "hexgen2-h100.toml").read_text(encoding="utf-8")), "float16")
+    stages = (_stage("h100", 0, 80, tuple(range(8))),)
+    workload = Workload(prompt_tokens=4000, output_tokens=2, slo=Slo(tpot_s=0.03))
+    rates = {
+        role: replica_rates(_plan_replica("r", role, *stages), cluster, _capacities(workload))
+        for role in get_args(Role)
+    }
+    assert rates["decode"].decode > 0
+    assert (rates["mixed"].decode, rates["mixed"].uses) == (0.0, ())
+    assert rates["mixed"].prefill == rates["prefill"].prefill > 0
+    found = score_replicas([_plan_replica("r", "mixed", *stages)], cluster, _capacities(workload))
+    assert found.requests_per_s == 0.0
