@@ -137,7 +137,7 @@ def _plans(draw: st.DrawFn, cluster: Cluster) -> list[Replica]:
     return replicas
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_no_plan_beats_the_bound(data: st.DataObject) -> None:
     cluster = data.draw(_clusters())
@@ -147,7 +147,7 @@ def test_no_plan_beats_the_bound(data: st.DataObject) -> None:
     assert score_replicas(plan, cluster, capacities).requests_per_s <= bound * (1 + 1e-6)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(cluster=_clusters(), factor=st.floats(1.0, 5.0), data=st.data())
 def test_the_bound_rises_with_every_part(cluster: Cluster, factor: float, data: st.DataObject) -> None:
     capacities = _capacities(SMALL, Workload(prompt_tokens=300, output_tokens=60))

@@ -108,7 +108,7 @@ def _simulated_rate(capacities: Capacities, pipeline: Pipeline, batch: float, n_
     return batch / _simulated_period_s(pipeline, steps, batch * capacities.model.hidden_bytes, n_jobs)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(_pipelines())
 def test_the_rate_is_that_of_a_simulated_pipeline(pipeline: Pipeline) -> None:
     capacities = _capacities()
@@ -120,7 +120,7 @@ def test_the_rate_is_that_of_a_simulated_pipeline(pipeline: Pipeline) -> None:
     assert found.tpot_s == pytest.approx(found.micro_batches * found.batch / rate, rel=0.01)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(pipeline=_pipelines(), n_jobs=st.integers(1, 12))
 def test_no_other_number_of_micro_batches_is_better(pipeline: Pipeline, n_jobs: int) -> None:
     capacities = _capacities()
@@ -131,7 +131,7 @@ def test_no_other_number_of_micro_batches_is_better(pipeline: Pipeline, n_jobs: 
     assert rate <= capacities.decode(pipeline).tokens_per_s * 1.01
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(_pipelines())
 def test_resident_sequences_fit_and_one_more_would_not(pipeline: Pipeline) -> None:
     capacities = _capacities()
@@ -150,7 +150,7 @@ def test_resident_sequences_fit_and_one_more_would_not(pipeline: Pipeline) -> No
     assert any(needed(seat, resident * (1 + 1e-9) + 1e-6) > budget for seat, budget in pairs)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(pipeline=_pipelines(), factor=st.floats(1.0, 4.0), data=st.data())
 def test_a_better_part_never_lowers_a_rate(pipeline: Pipeline, factor: float, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(pipeline.seats) - 1))
@@ -175,7 +175,7 @@ def test_a_better_part_never_lowers_a_rate(pipeline: Pipeline, factor: float, da
             assert after >= before * (1 - 1e-6), rates
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(pipeline=_pipelines(), limit_s=st.floats(1e-4, 1.0))
 def test_a_limit_is_kept_and_costs_rate(pipeline: Pipeline, limit_s: float) -> None:
     free = _capacities().decode(pipeline)
@@ -187,7 +187,7 @@ def test_a_limit_is_kept_and_costs_rate(pipeline: Pipeline, limit_s: float) -> N
     assert looser.tokens_per_s <= free.tokens_per_s * (1 + 1e-6)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(_pipelines())
 def test_doing_both_is_slower_than_either(pipeline: Pipeline) -> None:
     capacities = _capacities()
@@ -197,7 +197,7 @@ def test_doing_both_is_slower_than_either(pipeline: Pipeline) -> None:
         assert mixed <= prefill * (1 + 1e-9)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(_pipelines())
 def test_the_busiest_part_of_a_mixed_replica_decides_its_balanced_rate(pipeline: Pipeline) -> None:
     mixed = _capacities().mixed(pipeline)

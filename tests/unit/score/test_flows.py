@@ -90,7 +90,7 @@ def _link(src: str, dst: str, bytes_per_s: float) -> Link:
 _RATES = st.floats(0.1, 50)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(prefill=st.lists(_RATES, min_size=1, max_size=4), decode=st.lists(_RATES, min_size=1, max_size=4))
 def test_without_slow_lines_the_lesser_phase_decides(prefill: list[float], decode: list[float]) -> None:
     replicas = [_replica(f"p{at}", "prefill", rate) for at, rate in enumerate(prefill)]
@@ -99,7 +99,7 @@ def test_without_slow_lines_the_lesser_phase_decides(prefill: list[float], decod
     assert found.requests_per_s == pytest.approx(min(sum(prefill), sum(decode)))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(
     prefill=st.lists(_RATES, min_size=1, max_size=3),
     decode=st.lists(_RATES, min_size=1, max_size=3),
@@ -245,7 +245,7 @@ def _raised(
     return [better(replica) for replica in replicas], cluster
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(_cases())
 def test_flows_keep_every_limit_and_conserve(case: tuple[list[ReplicaRates], Cluster]) -> None:
     replicas, cluster = case
@@ -267,7 +267,7 @@ def test_flows_keep_every_limit_and_conserve(case: tuple[list[ReplicaRates], Clu
         assert sent[node.id] <= node.nic.out_bytes_per_s * (1 + 1e-6)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(_cases())
 def test_shares_add_up_and_the_bottleneck_is_one(case: tuple[list[ReplicaRates], Cluster]) -> None:
     replicas, cluster = case
@@ -281,7 +281,7 @@ def test_shares_add_up_and_the_bottleneck_is_one(case: tuple[list[ReplicaRates],
     assert lowered < found.requests_per_s * (1 - 1e-6)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(case=_cases(), data=st.data())
 def test_raising_what_decides_nothing_changes_nothing(
     case: tuple[list[ReplicaRates], Cluster], data: st.DataObject
