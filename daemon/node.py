@@ -73,7 +73,7 @@ from hexmesh.membership.timers import Timers
 from hexmesh.plan import DtypeName
 from hexmesh.serving.batcher import BatchLimits
 from hexmesh.wire.control import Epoch
-from hexmesh.wire.data import ReplicaStats
+from hexmesh.wire.data import ReplicaStats, Step, StepResult
 from hexmesh.wire.facts import Facts
 from hexmesh.wire.peering import PROTOCOL_VERSION, MemberAddress
 from hexmesh.wire.trust import TrustMessage
@@ -156,7 +156,10 @@ class Node:
         if channel == "data":
             self._links.data_flowed()
         if to == self.node_id:
-            self._loop.call_soon(self._dispatcher.on_message, to, message, payload)
+            if isinstance(message, Step | StepResult):  # a turn of the loop would only cost time
+                self._dispatcher.on_message(to, message, payload)
+            else:
+                self._loop.call_soon(self._dispatcher.on_message, to, message, payload)
             return True
         try:
             self._network.send(NodeId(to), message, payload, channel)

@@ -132,6 +132,14 @@ class FrameConnection:
             self._is_flush_due = True
             self._loop.call_soon(self._flush)
 
+    def write_now(self) -> None:
+        """There is something to write that cannot wait for the loop's next turn.
+
+        The owner hears of a loss in that turn all the same, not within this call.
+        """
+        if self._state == "open" and not self._is_flush_due and not self._is_writer_on:
+            self._flush()
+
     def detach(self) -> tuple[ssl.SSLSocket, list[memoryview], bytes]:
         """Give the open connection away: its socket, what is still to be written, and what was received after the
         frame that is handed out now, if one is. The owner hears no more of it.
@@ -262,7 +270,7 @@ class FrameConnection:
             except ssl.SSLWantReadError:  # TLS 1.3 has no renegotiation, so this is not expected
                 break
             except OSError as error:
-                self._fail(error)
+                self._loop.call_soon(self._fail, error)
                 return
             n_left -= n_bytes
             if n_bytes == len(chunk):

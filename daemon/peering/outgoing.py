@@ -149,13 +149,19 @@ class Outgoing:
         return not self.has_unsent and self._loop.time() - self._moved_s > for_s
 
     def send(self, parts: list[Buffer]) -> bool:
-        """Queue a frame, and dial if there is no connection; False when the queue has no room."""
+        """Queue a frame, and dial if there is no connection; False when the queue has no room.
+
+        What takes part in a step is written at once.
+        """
         if not self.outbox.put(parts, self._loop.time()):
             return False
         self.want()
         self._moved_s = self._loop.time()
         if self._connection is not None:
-            self._connection.wake()
+            if self.channel == "data":
+                self._connection.write_now()
+            else:
+                self._connection.wake()
         return True
 
     def want(self) -> None:

@@ -98,6 +98,8 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     stage: str
     step: int
     compute_s: float
+    waited_s: float
+    """From the step's arrival at the worker to its start: other steps were computed."""
     sampled: list[SampledToken]
 
 

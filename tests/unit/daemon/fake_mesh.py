@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import random
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import msgspec
 
+from daemon.compute.workers import StepCallback
 from daemon.epochs import Epochs
 from daemon.gateway import Gateway, Route
 from daemon.models.node_weights import NodeWeights
@@ -78,6 +79,7 @@ class FakeWorker:
         self.n_steps = 0
         self.defers_pools = False
         """Whether there is no room for a second pool."""
+        self._steps: deque[tuple[RunStep, bytes, StepCallback]] = deque()
         self._pool_names: dict[str, str] = {}
         self._pools: dict[str, dict[tuple[int, int], int]] = {}
 
@@ -107,7 +109,24 @@ class FakeWorker:
         self.killed_because = reason
         self.may_run.set()
 
-    async def run_step(self, order: RunStep, payload: bytes) -> tuple[StepDone, bytes]:
+    def run_step(self, order: RunStep, payload: bytes, on_end: StepCallback) -> None:
+        self._steps.append((order, payload, on_end))
+        if len(self._steps) == 1:
+            self._running = asyncio.get_running_loop().create_task(self._run_steps())
+
+    async def _run_steps(self) -> None:
+        while self._steps:
+            order, payload, on_end = self._steps[0]
+            try:
+                done = await self._compute(order, payload)
+            except Lost as lost:
+                self._steps.popleft()
+                on_end(lost, memoryview(b""))
+            else:
+                self._steps.popleft()
+                on_end(done, memoryview(bytes(payload)))
+
+    async def _compute(self, order: RunStep, payload: bytes) -> StepDone:
         is_held = not self.may_run.is_set()
         await self.may_run.wait()
         if is_held and self.killed_because:
@@ -121,7 +140,7 @@ class FakeWorker:
         sampled = []
         for row in order.rows:
             sampled += self._run_row(pool, row, [tokens.pop(0) for _ in range(row.n_tokens)])
-        return StepDone(stage=order.stage, step=order.step, compute_s=0.001, sampled=sampled), bytes(payload)
+        return StepDone(stage=order.stage, step=order.step, compute_s=0.001, waited_s=0.0, sampled=sampled)
 
     def _run_row(self, pool: dict[tuple[int, int], int], row: Row, tokens: list[int]) -> list[SampledToken]:
         for position, token in enumerate(tokens, start=row.start):
@@ -309,7 +328,11 @@ class FakeMesh:
         dst = self.nodes[to]
         if src.is_cut or dst.is_cut:
             return src is dst
-        if not self.lose(message):
+        if self.lose(message):
+            return True
+        if src is dst and isinstance(message, Step | StepResult):  # as the daemon does
+            dst.receive(src.id, message, payload)
+        else:
             asyncio.get_running_loop().call_soon(dst.receive, src.id, message, payload)
         return True
 
