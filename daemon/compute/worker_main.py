@@ -68,9 +68,6 @@ class _Arrived(NamedTuple):
     arrived_s: float
 
 
-_JOIN_UP_TO_BYTES = 64 * 1024
-
-
 def run_worker(connection: socket.socket, order: SpawnWorker, parent_pid: int) -> NoReturn:
     """Be a worker until the daemon closes the socket; for a freshly forked process, which this ends."""
     die_with_parent(parent_pid)
@@ -250,12 +247,14 @@ class _WorkerLoop:
 
     def _send(self, reply: WorkerReply, payload: Buffer = b"") -> None:
         parts = WORKER_REPLIES.frame(reply, payload, WORKER_FRAMES)
-        if sum(len(part) for part in parts) <= _JOIN_UP_TO_BYTES:
-            parts = [b"".join(parts)]
         try:
             with self._send_lock:
-                for part in parts:
-                    self._connection.sendall(part)
+                n_left = self._connection.sendmsg(parts) - len(parts[0])
+                if n_left < 0:
+                    self._connection.sendall(memoryview(parts[0])[n_left:])
+                    n_left = 0
+                if n_left < len(payload):
+                    self._connection.sendall(memoryview(payload)[n_left:])
         except ConnectionError:
             os._exit(0)  # the daemon is gone
 

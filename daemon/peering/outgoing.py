@@ -153,15 +153,20 @@ class Outgoing:
 
         What takes part in a step is written at once.
         """
-        if not self.outbox.put(parts, self._loop.time()):
+        now_s = self._loop.time()
+        connection = self._connection
+        is_written = (
+            connection is not None
+            and self.channel == "data"
+            and not len(self.outbox)
+            and connection.write_now(parts)
+        )
+        if not is_written and not self.outbox.put(parts, now_s):
             return False
         self.want()
-        self._moved_s = self._loop.time()
-        if self._connection is not None:
-            if self.channel == "data":
-                self._connection.write_now()
-            else:
-                self._connection.wake()
+        self._moved_s = now_s
+        if connection is not None and not is_written:
+            connection.wake()
         return True
 
     def want(self) -> None:

@@ -57,6 +57,7 @@ _log = logging.getLogger("hexmesh.peers")
 _MAX_STRANGERS = 16
 _MAX_UNGREETED = 256
 _LAST_WORDS_S = 0.5
+_ABOUT_CONNECTIONS = frozenset({CallMe, Undialable, CircuitOffered})
 
 
 @dataclass(slots=True)
@@ -418,7 +419,11 @@ class PeerNetwork:
 
     def _hear(self, node_id: NodeId, frame: Frame) -> None:
         """A message of a member: about connections, or for the owner."""
-        match message := self._decode(frame.header):
+        message = self._decode(frame.header)
+        if type(message) not in _ABOUT_CONNECTIONS:
+            self._events.on_message(node_id, message, frame.payload)
+            return
+        match message:
             case CallMe(channel="bulk"):
                 self._bulk.call_back(node_id)
             case CallMe():
@@ -427,8 +432,6 @@ class PeerNetwork:
                 pass  # it is about to learn the present one
             case Undialable() | CircuitOffered():
                 self._ways.receive(node_id, message)
-            case _:
-                self._events.on_message(node_id, message, frame.payload)
 
     # How a peer comes and goes.
 
