@@ -570,7 +570,9 @@ class Node:
         self._reporter.plan_committed(reason)
 
     def _on_step(self, trace: StepTrace) -> None:
-        self._telemetry.observe_step(trace.replica, trace.round_trip_s, trace.stage_seconds)
+        self._telemetry.observe_step(trace.replica, trace.round_trip_s, trace.stage_seconds, trace.transit_s)
+        if trace.n_prefix_hit_tokens:
+            self._telemetry.count_prefix_hits(trace.n_prefix_hit_tokens)
 
     # --- what this node tells of itself ---
 

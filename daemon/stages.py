@@ -295,6 +295,7 @@ class StageHost:
 
     def _pass_on(self, held: HeldStage, step: Step, done: StepDone, out: Payload) -> None:
         seconds = [*step.stage_seconds, done.compute_s]
+        waits = [*step.queue_seconds, done.waited_s]
         pools = [*step.pools, held.pool]
         if held.is_last:
             result = StepResult(
@@ -303,11 +304,14 @@ class StageHost:
                 step=step.step,
                 sampled=done.sampled,
                 stage_seconds=seconds,
+                queue_seconds=waits,
                 pools=pools,
             )
             self._courier.send(step.driver, result)
             return
-        onward = msgspec.structs.replace(step, stage=step.stage + 1, stage_seconds=seconds, pools=pools)
+        onward = msgspec.structs.replace(
+            step, stage=step.stage + 1, stage_seconds=seconds, queue_seconds=waits, pools=pools
+        )
         to = held.replica.stages[step.stage + 1].node
         self.watch.passed_on(held.name, step, to)
         if not self._courier.send(to, onward, out):

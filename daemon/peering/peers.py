@@ -57,7 +57,6 @@ _log = logging.getLogger("hexmesh.peers")
 _MAX_STRANGERS = 16
 _MAX_UNGREETED = 256
 _LAST_WORDS_S = 0.5
-_ABOUT_CONNECTIONS = frozenset({CallMe, Undialable, CircuitOffered})
 
 
 @dataclass(slots=True)
@@ -419,11 +418,7 @@ class PeerNetwork:
 
     def _hear(self, node_id: NodeId, frame: Frame) -> None:
         """A message of a member: about connections, or for the owner."""
-        message = self._decode(frame.header)
-        if type(message) not in _ABOUT_CONNECTIONS:
-            self._events.on_message(node_id, message, frame.payload)
-            return
-        match message:
+        match message := self._decode(frame.header):
             case CallMe(channel="bulk"):
                 self._bulk.call_back(node_id)
             case CallMe():
@@ -432,6 +427,8 @@ class PeerNetwork:
                 pass  # it is about to learn the present one
             case Undialable() | CircuitOffered():
                 self._ways.receive(node_id, message)
+            case _:
+                self._events.on_message(node_id, message, frame.payload)
 
     # How a peer comes and goes.
 

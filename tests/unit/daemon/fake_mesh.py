@@ -26,7 +26,7 @@ from daemon.models.node_weights import NodeWeights
 from daemon.pipeline import ReplicaDriver
 from daemon.stages import ModelFiles, StageHost
 from daemon.web.service import GenerationRequest
-from hexmesh.errors import Lost, NotReady
+from hexmesh.errors import Closed, Lost, NotReady
 from hexmesh.membership.outputs import Accepted, Admission, Refused
 from hexmesh.plan import Plan, Replica, Stage, encode_plan
 from hexmesh.serving.batcher import BatchLimits
@@ -80,6 +80,7 @@ class FakeWorker:
         self.defers_pools = False
         """Whether there is no room for a second pool."""
         self._steps: deque[tuple[RunStep, bytes, StepCallback]] = deque()
+        self._running: asyncio.Task[None] | None = None
         self._pool_names: dict[str, str] = {}
         self._pools: dict[str, dict[tuple[int, int], int]] = {}
 
@@ -111,20 +112,19 @@ class FakeWorker:
 
     def run_step(self, order: RunStep, payload: bytes, on_end: StepCallback) -> None:
         self._steps.append((order, payload, on_end))
-        if len(self._steps) == 1:
+        if self._running is None:
             self._running = asyncio.get_running_loop().create_task(self._run_steps())
 
     async def _run_steps(self) -> None:
         while self._steps:
-            order, payload, on_end = self._steps[0]
+            order, payload, on_end = self._steps.popleft()
             try:
                 done = await self._compute(order, payload)
-            except Lost as lost:
-                self._steps.popleft()
-                on_end(lost, memoryview(b""))
+            except (Closed, Lost) as error:
+                on_end(error, memoryview(b""))
             else:
-                self._steps.popleft()
                 on_end(done, memoryview(bytes(payload)))
+        self._running = None
 
     async def _compute(self, order: RunStep, payload: bytes) -> StepDone:
         is_held = not self.may_run.is_set()
@@ -134,6 +134,8 @@ class FakeWorker:
         await asyncio.sleep(0)
         if self.is_dead:
             raise Lost("the fake worker is dead")
+        if order.stage not in self._pool_names:
+            raise Closed(f"stage {order.stage} was dropped")
         self.n_steps += 1
         pool = self._pools[self._pool_names[order.stage]]
         tokens = array("q", bytes(payload))
