@@ -12,7 +12,7 @@ import pytest
 
 from daemon.pipeline import ReplicaDriver
 from hexmesh.serving.pacing import Pacing
-from hexmesh.wire.data import Row, Step, StepRefused, StepResult
+from hexmesh.wire.data import ReplicaStats, Row, Step, StepRefused, StepResult
 from tests.unit.daemon.fake_mesh import FakeMesh, FakeWorker, answer_to, fake_mesh
 from tests.unit.daemon.test_recovery_with_fake_stages import PROMPT, until
 
@@ -295,3 +295,52 @@ async def test_a_worker_that_hangs_with_three_steps_is_found(monkeypatch: pytest
         )
         await mesh.commit("ac")
         assert await asked == EXPECTED
+
+
+async def test_a_late_step_of_the_epoch_before_is_refused_where_the_pool_was_carried_over() -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("ab")
+        sent: list[Step] = []
+        mesh.lose = lambda message: isinstance(message, Step) and message.stage == 1 and sent.append(message)
+        assert await ask_all(mesh) == EXPECTED
+        await mesh.commit("ab")
+        assert await mesh.ask("c", PROMPT, 5) == answer_to(PROMPT, 5)
+        refusals: list[StepRefused] = []
+        mesh.lose = lambda message: isinstance(message, StepRefused) and refusals.append(message) is None
+        await mesh.commit("ab")
+        late = msgspec.structs.replace(sent[0], epoch=mesh.nodes["a"].driver().epoch, cert=None)
+        mesh.nodes["b"].stages.on_step(late, bytes(8 * len(late.rows)))
+        await until(lambda: bool(refusals))
+        assert [(refusal.step, refusal.is_transient) for refusal in refusals] == [(late.step, True)]
+
+
+async def test_steps_of_the_next_driver_over_the_same_pool_come_after_those_of_the_one_before() -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("ab")
+        assert await ask_all(mesh) == EXPECTED
+        refusals: list[StepRefused] = []
+        mesh.lose = lambda message: (
+            isinstance(message, ReplicaStats)  # b does not hear that the replica broke, and keeps its pool
+            or (isinstance(message, StepRefused) and refusals.append(message) is None)
+        )
+        mesh.nodes["a"].driver().close("its end")
+        await mesh.commit("ab")
+        assert await ask_all(mesh) == EXPECTED
+        assert refusals == []
+
+
+async def test_answers_over_another_pool_than_before_are_not_believed() -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("ab")
+        lies: list[int] = []
+
+        def of_a_new_pool(message: Any) -> Any:
+            if isinstance(message, StepResult) and not lies and message.step >= number_of(mesh, 14):
+                lies.append(message.step)
+                return msgspec.structs.replace(message, pools=[message.pools[0], "new"])
+            return message
+
+        mesh.nodes["b"].lie = of_a_new_pool
+        assert await ask_all(mesh) == EXPECTED
+        assert len(lies) == 1
+        assert (mesh.broken, mesh.n_recovered > 0) == ([], True)
