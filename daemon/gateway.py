@@ -184,6 +184,7 @@ class Gateway:
             max_tokens=request.max_tokens,
             stop_token_ids=request.stop_token_ids,
             sampling=request.sampling,
+            timeout_s=max(0.0, flight.deadline_s - time.monotonic()),
         )
         if not self._courier.send(route.driver, message):
             flight.inbox.put_nowait(self._give_up(flight, "its driver cannot be reached", retry=True))

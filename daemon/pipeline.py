@@ -149,9 +149,13 @@ class ReplicaDriver:
             self._fail(gateway, message.sequence, message.attempt, reason, retry=True)
             return
         self._batcher.cancel(message.sequence)
+        now_s = time.monotonic()
         try:
             self._check_tokens(message)
-            self._batcher.submit(sequence_of(message), time.monotonic())
+            sequence = sequence_of(message)
+            if message.timeout_s is not None:
+                sequence.deadline_s = now_s + message.timeout_s
+            self._batcher.submit(sequence, now_s)
         except Busy as busy:
             self._fail(gateway, message.sequence, message.attempt, busy.message, retry=True, busy=True)
         except InvalidInput as invalid:

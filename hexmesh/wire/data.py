@@ -122,6 +122,8 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Output tokens in all, emitted ones included."""
     stop_token_ids: list[int]
     sampling: SamplingParams
+    timeout_s: _Seconds | None = None
+    """What is left of the request's time; nobody waits for it after that."""
 
 
 class Generated(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -11,8 +11,9 @@ import msgspec
 import pytest
 
 from daemon.pipeline import ReplicaDriver
+from hexmesh.errors import TimedOut
 from hexmesh.serving.pacing import Pacing
-from hexmesh.wire.data import ReplicaStats, Row, Step, StepRefused, StepResult
+from hexmesh.wire.data import GenerateCancel, ReplicaStats, Row, Step, StepRefused, StepResult
 from tests.unit.daemon.fake_mesh import FakeMesh, FakeWorker, answer_to, fake_mesh
 from tests.unit.daemon.test_recovery_with_fake_stages import PROMPT, until
 
@@ -344,3 +345,18 @@ async def test_answers_over_another_pool_than_before_are_not_believed() -> None:
         assert await ask_all(mesh) == EXPECTED
         assert len(lies) == 1
         assert (mesh.broken, mesh.n_recovered > 0) == ([], True)
+
+
+async def test_what_nobody_waits_for_any_more_gives_its_blocks_back_and_ends_with_a_deadline_error() -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("ab")
+        driver = mesh.nodes["a"].driver()
+        mesh.nodes["b"].worker.may_run.clear()
+        asked = [
+            asyncio.ensure_future(mesh.ask("c", PROMPT, 100, name=str(n), timeout_s=0.3)) for n in range(3)
+        ]
+        mesh.lose = lambda message: isinstance(message, GenerateCancel)
+        done, _ = await asyncio.wait(asked, timeout=5)
+        assert [type(task.exception()) for task in done] == [TimedOut] * 3
+        mesh.nodes["b"].worker.may_run.set()
+        await until(lambda: driver.is_idle and driver.pool.n_available == 64)
