@@ -358,5 +358,6 @@ async def test_what_nobody_waits_for_any_more_gives_its_blocks_back_and_ends_wit
         mesh.lose = lambda message: isinstance(message, GenerateCancel)
         done, _ = await asyncio.wait(asked, timeout=5)
         assert [type(task.exception()) for task in done] == [TimedOut] * 3
+        await until(lambda: not driver.sequences())
         mesh.nodes["b"].worker.may_run.set()
         await until(lambda: driver.is_idle and driver.pool.n_available == 64)
