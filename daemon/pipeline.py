@@ -439,7 +439,14 @@ class ReplicaDriver:
         round_trip_s = now_s - step.sent_s
         n_drawn = sum(len(emission.tokens) for emission in emissions)
         self._rates.answered(now_s, n_drawn, result.stage_seconds)
-        self._pacing.observe(step.n_rows, step.n_tokens, result.stage_seconds, round_trip_s, step.n_in_flight)
+        self._pacing.observe(
+            step.n_rows,
+            step.n_tokens,
+            result.stage_seconds,
+            round_trip_s,
+            step.n_in_flight,
+            queue_s=sum(result.queue_seconds),
+        )
         firsts = [one.sequence for one in emissions if one.sequence.id in self._without_token]
         self._without_token.difference_update(sequence.id for sequence in firsts)
         trace = StepTrace(

@@ -271,6 +271,7 @@ class StageHost:
 
     def _run(self, held: HeldStage, step: Step, payload: Payload) -> None:
         """Callbacks all the way: a task or a future would cost each step a turn of the loop."""
+        order = RunStep(stage=held.name, step=step.step, rows=step.rows, sent_s=time.monotonic())
 
         def on_end(answer: StepDone | HexmeshError, out: memoryview) -> None:
             if isinstance(answer, StepDone):
@@ -281,7 +282,7 @@ class StageHost:
             self.watch.end(running, is_done=isinstance(answer, StepDone))
 
         try:
-            held.worker.run_step(RunStep(stage=held.name, step=step.step, rows=step.rows), payload, on_end)
+            held.worker.run_step(order, payload, on_end)
         except HexmeshError as error:
             self._fail(step, error)
             return

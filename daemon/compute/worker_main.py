@@ -61,11 +61,10 @@ _EXIT_FATAL = 70
 
 
 class _Arrived(NamedTuple):
-    """A step to run, and when it came."""
+    """A step to run."""
 
     request: RunStep
     payload: memoryview
-    arrived_s: float
 
 
 def run_worker(connection: socket.socket, order: SpawnWorker, parent_pid: int) -> NoReturn:
@@ -95,6 +94,8 @@ class _WorkerLoop:
         self._released: queue.SimpleQueue[_Arrived] = queue.SimpleQueue()
         self._release_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._loads: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._free_s = 0.0
+        """When the last step was answered."""
         self._device = device
         self._residency = Residency(self._device)
 
@@ -134,7 +135,7 @@ class _WorkerLoop:
         match request:
             case RunStep():
                 self._run_released()
-                self._run_step(_Arrived(request, payload, time.monotonic()))
+                self._run_step(_Arrived(request, payload))
             case LoadStage():
                 self._loads.put(lambda: self._load(request))
             case NameTensors():
@@ -161,7 +162,7 @@ class _WorkerLoop:
             self._run_step(self._released.get())
 
     def _run_step(self, arrived: _Arrived) -> None:
-        request, payload, arrived_s = arrived
+        request, payload = arrived
         with self._waiting_lock:
             stage = self._residency.find(request.stage)
             if stage == "waiting" or request.stage in self._waiting:  # never before those that came earlier
@@ -185,10 +186,11 @@ class _WorkerLoop:
                 stage=request.stage,
                 step=request.step,
                 compute_s=time.monotonic() - started_s,
-                waited_s=started_s - arrived_s,
+                waited_s=max(0.0, self._free_s - request.sent_s),
                 sampled=output.sampled,
             )
             self._send(done, hidden)
+        self._free_s = time.monotonic()
 
     def _fail_step(self, stage: str, error: Exception) -> None:
         log.error("step failed stage=%s", stage, exc_info=error)

@@ -90,6 +90,8 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     stage: str
     step: int
     rows: list[Row]
+    sent_s: float
+    """By CLOCK_MONOTONIC, which daemon and worker share."""
 
 
 class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -99,7 +101,7 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     step: int
     compute_s: float
     waited_s: float
-    """From the step's arrival at the worker to its start: other steps were computed."""
+    """How long the worker computed other steps after this one had been sent to it."""
     sampled: list[SampledToken]
 
 

@@ -80,7 +80,7 @@ def ids(tokens: list[int]) -> bytes:
 
 def step_of(stage: str, number: int, start: int, n_tokens: int) -> RunStep:
     row = Row(start=start, n_tokens=n_tokens, blocks=BLOCKS, sample=SamplingParams())
-    return RunStep(stage=stage, step=number, rows=[row])
+    return RunStep(stage=stage, step=number, rows=[row], sent_s=time.monotonic())
 
 
 async def run_step(
@@ -249,7 +249,7 @@ async def test_nonsense_steps_leave_the_stage_alone(worker: Worker, model: tuple
     folder, expected = model
     await worker.load(order(folder, "whole", 0, 5))
 
-    outside = RunStep(stage="whole", step=1, rows=[Row(start=0, n_tokens=1, blocks=[99])])
+    outside = RunStep(stage="whole", step=1, rows=[Row(start=0, n_tokens=1, blocks=[99])], sent_s=0.0)
     with pytest.raises(InvalidInput, match="block ids"):
         await run_step(worker, outside, ids([3]))
     with pytest.raises(InvalidInput, match="whole number"):
@@ -352,7 +352,7 @@ async def main():
     async with Workshop() as shop:
         worker = await shop.start_worker("cpu", 1, None)
         answered = asyncio.Event()  # it is up
-        worker.run_step(RunStep(stage="none", step=0, rows=[]), b"", lambda *_: answered.set())
+        worker.run_step(RunStep(stage="none", step=0, rows=[], sent_s=0.0), b"", lambda *_: answered.set())
         await answered.wait()
         print(worker.pid, flush=True)
         await asyncio.sleep(600)
