@@ -10,6 +10,7 @@ messages reach them through `Dispatcher`. What they decide is in `hexmesh/`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -499,6 +500,7 @@ class Node:
         await self._publisher.publish_now()
         await self._reach_a_known_peer()
         self._state.starting = None
+        gc.freeze()  # collecting what is here for good, modules mostly, would stop every stream for 50 ms now and then
         progress.info("devices measured after %.1f s; taking part", time.monotonic() - started_s)
         self._coordination.take_part()
 
