@@ -557,6 +557,7 @@ class Node:
         if channel == "data":
             for driver in list(self._epochs.drivers()):
                 driver.link_reset(node)
+            self._stages.link_lost(node)
             self._gateway.link_lost(node, f"the connection to its driver was cut: {reason}")
 
     # --- what happens to plans ---

@@ -82,6 +82,11 @@ class StageWatch:
         """A stage sent its step to the next one."""
         self._passed_on[stage] = _PassedOn(step, to, Patience(SUSPECT_S, time.monotonic()))
 
+    def sent_to(self, node: str) -> list[Step]:
+        """The last step that each stage here sent to a node; they are not watched any more."""
+        stages = [stage for stage, passed in self._passed_on.items() if passed.to == node]
+        return [self._passed_on.pop(stage).step for stage in stages]
+
     def forget(self, stage: str) -> None:
         """The stage is gone."""
         self._passed_on.pop(stage, None)

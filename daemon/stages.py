@@ -164,6 +164,14 @@ class StageHost:
             self._weights.release(name)
             self._on_broken(key[0], reason)
 
+    def link_lost(self, node: str) -> None:
+        """Steps on their way to a node may not have arrived.
+
+        The driver is told of each stage's last one: what it sends next shows whether the others got lost.
+        """
+        for step in self.watch.sent_to(node):
+            self._refuse(step, f"the connection to {short(node)} was cut", None, is_transient=True)
+
     def on_step(self, step: Step, payload: Payload) -> None:
         """Run a step of ours and pass its result on; a step of another epoch is refused."""
         admission = self._admit(step)

@@ -361,3 +361,19 @@ async def test_what_nobody_waits_for_any_more_gives_its_blocks_back_and_ends_wit
         await until(lambda: not driver.sequences())
         mesh.nodes["b"].worker.may_run.set()
         await until(lambda: driver.is_idle and driver.pool.n_available == 64)
+
+
+async def test_steps_that_were_lost_between_two_other_nodes_are_made_up_for() -> None:
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("abc")
+        asked = ask_all(mesh)
+        driver = await three_in_flight(mesh)
+        lost: list[Step] = []
+        mesh.lose = lambda message: (
+            isinstance(message, Step) and message.stage == 2 and lost.append(message) is None
+        )
+        await until(lambda: [step.step for step in lost] == driver._in_flight.numbers())
+        mesh.lose = lambda message: False
+        mesh.nodes["b"].stages.link_lost("c")
+        assert await asked == EXPECTED
+        assert (mesh.broken, mesh.n_recovered, driver.broken) == ([], 0, None)
