@@ -185,9 +185,10 @@ class ReplicaDriver:
 
     def on_result(self, result: StepResult) -> None:
         """The last stage answered a step: take it in, and first of all send what can be sent now."""
-        if result.step not in self._in_flight:
+        step = self._in_flight.get(result.step)
+        if step is None:
             return
-        if (fault := self._result_fault(result)) is not None:
+        if (fault := self._result_fault(step, result)) is not None:
             last = self.replica.stages[-1].node
             self._break(f"the last stage on {short(last)} answered nonsense: {fault}")
             return
@@ -195,15 +196,13 @@ class ReplicaDriver:
             self._start_over("a stage's KV pool was made anew")
             return
         now_s = time.monotonic()
-        step, overtaken = self._in_flight.answered(result.step, now_s)
-        for number in overtaken:
-            self._batcher.lose(self._batch_of(number))
+        for overtaken in self._in_flight.answered(step, now_s):
+            self._batcher.lose(overtaken.batch.step)
         self._n_losses = 0
         self._pools = result.pools
         self._is_known = self._is_known or result.epoch == self.epoch
-        batch_step = self._batch_of(result.step)
-        answers = _by_row(result.sampled, self._batcher.awaited(batch_step) or [])
-        emissions = self._batcher.complete(batch_step, answers, now_s)
+        answers = _by_row(result.sampled, step.batch)
+        emissions = self._batcher.complete(step.batch.step, answers, now_s)
         self._send_steps(now_s)
         self._hand_out(emissions)
         self._account(step, result, emissions, now_s)
@@ -212,10 +211,11 @@ class ReplicaDriver:
 
     def on_refused(self, refusal: StepRefused) -> None:
         """A stage did not run a step: go on without it if it got lost, else this replica is broken."""
-        if refusal.step not in self._in_flight:
+        step = self._in_flight.get(refusal.step)
+        if step is None:
             return
         if refusal.is_transient or refusal.epoch != self.epoch:
-            self._lose([refusal.step], refusal.reason)
+            self._lose([step], refusal.reason)
         elif refusal.is_pool_new:
             self._start_over(refusal.reason)
         else:
@@ -236,7 +236,7 @@ class ReplicaDriver:
     def link_reset(self, node: str) -> None:
         """A connection to or from a stage's node was cut: the steps in flight may have been on it."""
         if any(stage.node == node for stage in self.replica.stages):
-            self._lose(self._in_flight.numbers(), f"the connection to {short(node)} was cut")
+            self._lose(self._in_flight.steps(), f"the connection to {short(node)} was cut")
 
     def drain(self) -> None:
         """The epoch takes no new sequences any more: hand back those that no stage has seen yet."""
@@ -337,11 +337,11 @@ class ReplicaDriver:
     def _send(self, batch: MicroBatch, now_s: float) -> None:
         self.steps_run += 1
         self._work.set()
-        number = self._number_before + batch.step
-        self._in_flight.sent(number, self.epoch, len(batch.rows), batch.n_tokens, now_s)
-        self._courier.send(self._courier.node_id, self._message(batch, number), _token_ids(batch))
+        message = self._message(batch)
+        self._in_flight.sent(message.step, self.epoch, batch, message.rows, now_s)
+        self._courier.send(self._courier.node_id, message, _token_ids(batch))
 
-    def _message(self, batch: MicroBatch, number: int) -> Step:
+    def _message(self, batch: MicroBatch) -> Step:
         opens = any(row.start <= row.sequence.n_cached for row in batch.rows)
         return Step(
             epoch=self.epoch,
@@ -349,14 +349,10 @@ class ReplicaDriver:
             kept_pools=[] if self._is_known else self._pools,
             replica=self.replica.id,
             stage=0,
-            step=number,
+            step=self._number_before + batch.step,
             driver=self._courier.node_id,
             rows=[wire_row(row) for row in batch.rows],
         )
-
-    def _batch_of(self, number: int) -> int:
-        """What the batcher calls that step."""
-        return number - self._number_before
 
     # --- waiting ---
 
@@ -381,14 +377,14 @@ class ReplicaDriver:
                 return f"stage {index} of replica {self.replica.id}: node {stage.node} is not heard"
         return None
 
-    def _lose(self, numbers: list[int], reason: str) -> None:
+    def _lose(self, steps: list[StepInFlight[Epoch]], reason: str) -> None:
         """These steps will not be answered; what was in them is sent anew after a pause."""
-        if not numbers:
+        if not steps:
             return
         now_s = time.monotonic()
-        for number in numbers:
-            self._in_flight.lost(number, now_s)
-            self._batcher.lose(self._batch_of(number))
+        for step in steps:
+            self._in_flight.lost(step, now_s)
+            self._batcher.lose(step.batch.step)
         self._note_moved()
         if self._is_pausing:
             return
@@ -440,8 +436,8 @@ class ReplicaDriver:
         n_drawn = sum(len(emission.tokens) for emission in emissions)
         self._rates.answered(now_s, n_drawn, result.stage_seconds)
         self._pacing.observe(
-            step.n_rows,
-            step.n_tokens,
+            len(step.rows),
+            step.batch.n_tokens,
             result.stage_seconds,
             round_trip_s,
             step.n_in_flight,
@@ -458,9 +454,9 @@ class ReplicaDriver:
         )
         self._on_step(trace)
 
-    def _result_fault(self, result: StepResult) -> str | None:
-        """Why this cannot be the answer to a step in flight."""
-        n_awaited = sum(self._batcher.awaited(self._batch_of(result.step)) or [])
+    def _result_fault(self, step: StepInFlight[Epoch], result: StepResult) -> str | None:
+        """Why this cannot be the answer to that step."""
+        n_awaited = sum(row.n_wanted for row in step.batch.rows)
         if len(result.sampled) != n_awaited:
             return f"{len(result.sampled)} tokens where {n_awaited} were asked for"
         if any(not 0 <= token.token_id < self._vocab_size for token in result.sampled):
@@ -524,7 +520,7 @@ def _token_ids(batch: MicroBatch) -> bytes:
     return ids.tobytes()
 
 
-def _by_row(sampled: list[SampledToken], awaited: list[int]) -> list[list[SampledToken]]:
+def _by_row(sampled: list[SampledToken], batch: MicroBatch) -> list[list[SampledToken]]:
     """The tokens of each row that asked."""
     drawn = iter(sampled)
-    return [[next(drawn) for _ in range(n_tokens)] for n_tokens in awaited]
+    return [[next(drawn) for _ in range(row.n_wanted)] for row in batch.rows if row.n_wanted]

@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from hexmesh.serving.micro_batch import MicroBatch
 from hexmesh.serving.watchdog import Patience, StepTimes
+from hexmesh.wire.data import Row
 
 Name = TypeVar("Name")
 
@@ -21,8 +23,9 @@ class StepInFlight(Generic[Name]):
     number: int
     epoch: Name
     """The one that it was sent in."""
-    n_rows: int
-    n_tokens: int
+    batch: MicroBatch
+    rows: list[Row]
+    """As the stages see them."""
     n_in_flight: int
     """When it was sent, itself included."""
     sent_s: float
@@ -47,41 +50,41 @@ class StepsInFlight(Generic[Name]):
     def __len__(self) -> int:
         return len(self._steps)
 
-    def __contains__(self, number: int) -> bool:
-        return number in self._steps
-
     @property
     def oldest(self) -> StepInFlight[Name] | None:
         """The one whose answer is due next."""
         return next(iter(self._steps.values()), None)
 
-    def sent(self, number: int, epoch: Name, n_rows: int, n_tokens: int, now_s: float) -> None:
+    def get(self, number: int) -> StepInFlight[Name] | None:
+        """The step of that number, if it is in flight."""
+        return self._steps.get(number)
+
+    def sent(self, number: int, epoch: Name, batch: MicroBatch, rows: list[Row], now_s: float) -> None:
         """A step is under way; its number is higher than those before."""
         self._steps[number] = StepInFlight(
             number=number,
             epoch=epoch,
-            n_rows=n_rows,
-            n_tokens=n_tokens,
+            batch=batch,
+            rows=rows,
             n_in_flight=len(self._steps) + 1,
             sent_s=now_s,
-            patience=Patience(self._times.deadline_s(n_tokens), now_s),
+            patience=Patience(self._times.deadline_s(batch.n_tokens), now_s),
         )
 
-    def answered(self, number: int, now_s: float) -> tuple[StepInFlight[Name], list[int]]:
-        """The step that was answered just now, and the numbers of those before it, which will not be."""
-        step = self._steps.pop(number)
+    def answered(self, step: StepInFlight[Name], now_s: float) -> list[StepInFlight[Name]]:
+        """A step was answered just now; those before it, which will not be."""
         step.patience.spend(now_s)
-        self._times.took(step.n_tokens, step.patience.spent_s)
-        overtaken = [older for older in self._steps if older < number]
-        for older in overtaken:
-            del self._steps[older]
+        self._times.took(step.batch.n_tokens, step.patience.spent_s)
+        overtaken = [older for older in self._steps.values() if older.number < step.number]
+        for gone in (step, *overtaken):
+            del self._steps[gone.number]
         self._begin_turn(now_s)
-        return step, overtaken
+        return overtaken
 
-    def lost(self, number: int, now_s: float) -> None:
+    def lost(self, step: StepInFlight[Name], now_s: float) -> None:
         """A step will not be answered."""
         was_oldest = self.oldest
-        del self._steps[number]
+        del self._steps[step.number]
         if self.oldest is not was_oldest:
             self._begin_turn(now_s)
 
@@ -89,13 +92,13 @@ class StepsInFlight(Generic[Name]):
         """Nothing is under way any more."""
         self._steps.clear()
 
-    def numbers(self) -> list[int]:
-        """Of all, oldest first."""
-        return list(self._steps)
+    def steps(self) -> list[StepInFlight[Name]]:
+        """All, oldest first."""
+        return list(self._steps.values())
 
-    def not_of(self, epoch: Name) -> list[int]:
+    def not_of(self, epoch: Name) -> list[StepInFlight[Name]]:
         """Those that were sent in another epoch."""
-        return [step.number for step in self._steps.values() if step.epoch != epoch]
+        return [step for step in self._steps.values() if step.epoch != epoch]
 
     def look(self, now_s: float) -> StepInFlight[Name] | None:
         """The oldest one, with the time charged up to now."""

@@ -372,7 +372,9 @@ async def test_steps_that_were_lost_between_two_other_nodes_are_made_up_for() ->
         mesh.lose = lambda message: (
             isinstance(message, Step) and message.stage == 2 and lost.append(message) is None
         )
-        await until(lambda: [step.step for step in lost] == driver._in_flight.numbers())
+        await until(
+            lambda: [sent.step for sent in lost] == [step.number for step in driver._in_flight.steps()]
+        )
         mesh.lose = lambda message: False
         mesh.nodes["b"].stages.link_lost("c")
         assert await asked == EXPECTED

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hexmesh.serving.in_flight import StepsInFlight
+from hexmesh.serving.in_flight import StepInFlight, StepsInFlight
+from hexmesh.serving.micro_batch import MicroBatch
 from hexmesh.serving.watchdog import FIRST_S, FLOOR_S, MARGIN, N_FIRST, StepTimes
 
 
@@ -10,8 +11,23 @@ def three(times: StepTimes | None = None) -> StepsInFlight[str]:
     """Steps 1 to 3, sent at 0 s, in epoch "e"."""
     steps: StepsInFlight[str] = StepsInFlight(times or StepTimes(0.0, 1))
     for number in (1, 2, 3):
-        steps.sent(number, "e", 1, 4, 0.0)
+        send(steps, number, "e", 0.0)
     return steps
+
+
+def send(steps: StepsInFlight[str], number: int, epoch: str, now_s: float) -> StepInFlight[str]:
+    steps.sent(number, epoch, MicroBatch(number, []), [], now_s)
+    return the(steps, number)
+
+
+def the(steps: StepsInFlight[str], number: int) -> StepInFlight[str]:
+    step = steps.get(number)
+    assert step is not None
+    return step
+
+
+def numbers(steps: list[StepInFlight[str]]) -> list[int]:
+    return [step.number for step in steps]
 
 
 def look_until(steps: StepsInFlight[str], start_s: float, stop_s: float) -> None:
@@ -22,8 +38,9 @@ def look_until(steps: StepsInFlight[str], start_s: float, stop_s: float) -> None
 
 def test_an_answer_says_that_those_before_it_got_lost() -> None:
     steps = three()
-    step, overtaken = steps.answered(2, 0.1)
-    assert (step.number, step.n_in_flight, overtaken, steps.numbers()) == (2, 2, [1], [3])
+    step = the(steps, 2)
+    overtaken = steps.answered(step, 0.1)
+    assert (step.n_in_flight, numbers(overtaken), numbers(steps.steps())) == (2, [1], [3])
 
 
 def test_only_the_time_of_the_oldest_runs() -> None:
@@ -32,7 +49,7 @@ def test_only_the_time_of_the_oldest_runs() -> None:
     oldest = steps.look(4.0)
     assert oldest is not None
     assert (oldest.number, round(oldest.charged_s, 6)) == (1, 4.0)
-    steps.answered(1, 4.0)
+    steps.answered(the(steps, 1), 4.0)
     look_until(steps, 4.1, 5.0)
     oldest = steps.look(5.0)
     assert oldest is not None
@@ -42,11 +59,11 @@ def test_only_the_time_of_the_oldest_runs() -> None:
 def test_the_loss_of_a_later_one_gives_the_oldest_no_more_time() -> None:
     steps = three()
     look_until(steps, 0.1, 2.0)
-    steps.lost(3, 2.0)
+    steps.lost(the(steps, 3), 2.0)
     oldest = steps.look(2.0)
     assert oldest is not None
     assert (oldest.number, round(oldest.charged_s, 6)) == (1, 2.0)
-    steps.lost(1, 2.0)
+    steps.lost(the(steps, 1), 2.0)
     oldest = steps.look(2.1)
     assert oldest is not None
     assert (oldest.number, round(oldest.charged_s, 6)) == (2, 0.1)
@@ -55,13 +72,10 @@ def test_the_loss_of_a_later_one_gives_the_oldest_no_more_time() -> None:
 def test_the_time_that_a_step_took_queueing_included_is_what_later_ones_are_given() -> None:
     steps: StepsInFlight[str] = StepsInFlight(StepTimes(0.0, 1))
     for number in range(N_FIRST):
-        steps.sent(number, "e", 1, 4, 10.0 * number)
+        step = send(steps, number, "e", 10.0 * number)
         look_until(steps, 10.0 * number + 0.1, 10.0 * number + 3.0)
-        steps.answered(number, 10.0 * number + 3.0)
-    steps.sent(9, "e", 1, 4, 50.0)
-    oldest = steps.oldest
-    assert oldest is not None
-    assert round(oldest.patience.limit_s, 6) == MARGIN * 3.0
+        steps.answered(step, 10.0 * number + 3.0)
+    assert round(send(steps, 9, "e", 50.0).patience.limit_s, 6) == MARGIN * 3.0
 
 
 def test_a_pause_of_the_one_who_waits_is_nobodys_fault() -> None:
@@ -73,7 +87,7 @@ def test_a_pause_of_the_one_who_waits_is_nobodys_fault() -> None:
 
 def test_steps_of_another_epoch_are_told_apart() -> None:
     steps = three()
-    steps.sent(4, "f", 1, 4, 0.0)
-    assert (steps.not_of("f"), steps.not_of("e"), len(steps), 4 in steps) == ([1, 2, 3], [4], 4, True)
+    send(steps, 4, "f", 0.0)
+    assert (numbers(steps.not_of("f")), numbers(steps.not_of("e")), len(steps)) == ([1, 2, 3], [4], 4)
     steps.forget()
-    assert (steps.numbers(), steps.oldest) == ([], None)
+    assert (steps.steps(), steps.oldest) == ([], None)
