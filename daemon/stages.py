@@ -24,6 +24,7 @@ from hexmesh.errors import HexmeshError, InvalidInput, Lost
 from hexmesh.ids import short
 from hexmesh.membership.outputs import Accepted, Admission
 from hexmesh.plan import Plan, Replica, Stage
+from hexmesh.serving.pacing import MAX_GROUPS
 from hexmesh.serving.watchdog import StepTimes
 from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import MAX_STEP_TOKENS, Step, StepRefused, StepResult
@@ -32,8 +33,8 @@ from hexmesh.wire.worker import LoadStage, RunStep, StepDone
 log = logging.getLogger("hexmesh.stages")
 
 StageKey = tuple[Epoch, str, int]
-MAX_STEPS_WAITING = 32
-"""Of one stage. A driver has few steps under way; more would only fill this host's memory."""
+MAX_STEPS_WAITING = 2 * MAX_GROUPS
+"""Of one stage: those that a driver has under way, and as many that it has given up. More would only fill memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +185,12 @@ class StageHost:
         if held is None:
             self._refuse(step, "this stage is not loaded here", None)
             return
-        if (fault := self._size_fault(held, step)) is not None:
+        if (fault := _size_fault(step)) is not None:
             self._refuse(step, fault, None)
+            return
+        if held.order.n_running >= MAX_STEPS_WAITING:
+            reason = f"{MAX_STEPS_WAITING} steps wait at this stage already"
+            self._refuse(step, reason, None, is_transient=True)
             return
         if step.kept_pools and step.kept_pools[step.stage : step.stage + 1] != [held.pool]:
             self._refuse(step, "this stage's KV pool was made anew", None, is_pool_new=True)
@@ -268,15 +273,6 @@ class StageHost:
             budget_bytes=self._budgets[stage.devices[0]],
         )
 
-    def _size_fault(self, held: HeldStage, step: Step) -> str | None:
-        """Why a step is more than any driver would ask of a stage, so that it is not even queued."""
-        n_tokens = sum(row.n_tokens for row in step.rows)
-        if not 0 < n_tokens <= MAX_STEP_TOKENS:
-            return f"a step of {n_tokens} tokens, and 1 to {MAX_STEP_TOKENS} are taken"
-        if held.order.n_running >= MAX_STEPS_WAITING:
-            return f"{MAX_STEPS_WAITING} steps wait at this stage already"
-        return None
-
     def _run(self, held: HeldStage, step: Step, payload: Payload) -> None:
         """Callbacks all the way: a task or a future would cost each step a turn of the loop."""
         order = RunStep(stage=held.name, step=step.step, rows=step.rows, sent_s=time.monotonic())
@@ -351,6 +347,14 @@ class StageHost:
             cert=getattr(admission, "cert", None),
         )
         self._courier.send(step.driver, refusal)
+
+
+def _size_fault(step: Step) -> str | None:
+    """Why a step is more than any driver would ask of a stage, so that it is not even queued."""
+    n_tokens = sum(row.n_tokens for row in step.rows)
+    if not 0 < n_tokens <= MAX_STEP_TOKENS:
+        return f"a step of {n_tokens} tokens, and 1 to {MAX_STEP_TOKENS} are taken"
+    return None
 
 
 def stage_name(epoch: Epoch, replica_id: str, index: int) -> str:
