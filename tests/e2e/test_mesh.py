@@ -63,13 +63,6 @@ def n_available(daemon: LocalDaemon) -> int:
     return blocks["free"] + blocks["cached"]
 
 
-def steps_run(daemon: LocalDaemon) -> int:
-    for line in daemon.client.get("/metrics").decode().splitlines():
-        if line.startswith("hexmesh_step_round_trip_seconds_count"):
-            return int(float(line.rpartition(" ")[2]))
-    return 0
-
-
 def test_the_openai_client_works_against_every_peer(mesh: LocalMesh) -> None:
     for daemon in mesh.daemons:
         with openai_client(daemon) as client:
@@ -154,9 +147,8 @@ def test_several_answers_to_one_prompt_differ_and_repeat_with_the_seed(mesh: Loc
         assert ask() == first
 
 
-def test_a_fifth_stream_joins_four_long_ones_and_shares_their_steps(mesh: LocalMesh) -> None:
+def test_a_fifth_stream_joins_four_long_ones_and_ends_before_them(mesh: LocalMesh) -> None:
     prompts = [token_ids(f"What is {index} + {index}?") for index in range(5)]
-    before = steps_run(driver(mesh))
     longest = 160
     with ThreadPoolExecutor(5) as pool:
         streams = [Stream(mesh.daemons[at % 3].client, prompts[at], longest) for at in range(4)]
@@ -170,10 +162,7 @@ def test_a_fifth_stream_joins_four_long_ones_and_shares_their_steps(mesh: LocalM
         fifth.run()
         for run in runs:
             run.result(timeout=120)
-    assert fifth.times_s[0] < min(stream.times_s[-1] for stream in streams)
-    # A prompt's first step draws its first token; late comers add no steps while the longest runs. Two stages are
-    # kept at work by two groups.
-    assert steps_run(driver(mesh)) - before <= 1.2 * 2 * longest
+    assert fifth.times_s[-1] < min(stream.times_s[-1] for stream in streams)
 
 
 def test_a_client_that_leaves_frees_its_blocks_within_a_second(mesh: LocalMesh) -> None:
