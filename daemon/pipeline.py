@@ -26,7 +26,7 @@ from hexmesh.serving.batcher import Batcher, BatchLimits, Emission, MicroBatch
 from hexmesh.serving.blocks import BlockPool
 from hexmesh.serving.in_flight import StepInFlight, StepsInFlight
 from hexmesh.serving.pacing import Pacing
-from hexmesh.serving.rows import wire_row
+from hexmesh.serving.rows import answer_fault, prompt_scores, wire_row
 from hexmesh.serving.sequence import Sequence, sequence_of
 from hexmesh.serving.watchdog import LOOK_S, SUSPECT_S, StepTimes
 from hexmesh.wire.control import Cert, Epoch
@@ -35,8 +35,8 @@ from hexmesh.wire.data import (
     GenerateCancel,
     Generated,
     GenerateFailed,
+    PromptScored,
     ReplicaStats,
-    SampledToken,
     Step,
     StepRefused,
     StepResult,
@@ -201,9 +201,10 @@ class ReplicaDriver:
         self._n_losses = 0
         self._pools = result.pools
         self._is_known = self._is_known or result.epoch == self.epoch
-        answers = _by_row(result.sampled, step.batch)
-        emissions = self._batcher.complete(step.batch.step, answers, now_s)
+        scores = self._new_scores(step, result)
+        emissions = self._batcher.complete(step.batch.step, result.sampled, now_s)
         self._send_steps(now_s)
+        self._hand_out_scores(scores)
         self._hand_out(emissions)
         self._account(step, result, emissions, now_s)
         self._note_moved()
@@ -412,6 +413,20 @@ class ReplicaDriver:
 
     # --- what comes of a step ---
 
+    def _new_scores(self, step: StepInFlight[Epoch], result: StepResult) -> list[PromptScored]:
+        """To be asked for before the step is completed."""
+        if not result.scored:
+            return []
+        scheduled = zip(step.batch.rows, step.rows, strict=True)
+        number = step.batch.step
+        return list(prompt_scores(scheduled, result.scored, lambda row: self._batcher.counts(number, row)))
+
+    def _hand_out_scores(self, scores: list[PromptScored]) -> None:
+        for message in scores:
+            gateway = self._gateways.get(message.sequence)
+            if gateway is not None:
+                self._courier.send(gateway, message)
+
     def _hand_out(self, emissions: Iterable[Emission]) -> None:
         for emission in emissions:
             sequence = emission.sequence
@@ -456,11 +471,8 @@ class ReplicaDriver:
 
     def _result_fault(self, step: StepInFlight[Epoch], result: StepResult) -> str | None:
         """Why this cannot be the answer to that step."""
-        n_awaited = sum(row.n_wanted for row in step.batch.rows)
-        if len(result.sampled) != n_awaited:
-            return f"{len(result.sampled)} tokens where {n_awaited} were asked for"
-        if any(not 0 <= token.token_id < self._vocab_size for token in result.sampled):
-            return f"a token outside the vocabulary of {self._vocab_size}"
+        if (fault := answer_fault(step.rows, result, self._vocab_size)) is not None:
+            return fault
         n_stages = len(self.replica.stages)
         for times in (result.stage_seconds, result.queue_seconds):
             if len(times) != n_stages:
@@ -486,10 +498,11 @@ class ReplicaDriver:
                 f"the model takes {self._max_model_tokens} in all, and one or more must be left to answer",
                 code="context_length_exceeded",
             )
-        tokens = [*message.prompt, *message.emitted]
+        biased = [token for token, _ in message.sampling.logit_bias]
+        tokens = [*message.prompt, *message.emitted, *biased]
         if not message.prompt or min(tokens) < 0 or max(tokens) >= self._vocab_size:
             raise InvalidInput(
-                f"a prompt takes at least one token id, each from 0 to {self._vocab_size - 1}",
+                f"a request takes at least one token id in its prompt, and ids from 0 to {self._vocab_size - 1}",
                 code="bad_tokens",
             )
 
@@ -518,9 +531,3 @@ def _token_ids(batch: MicroBatch) -> bytes:
     for row in batch.rows:
         ids.extend(row.token_ids)
     return ids.tobytes()
-
-
-def _by_row(sampled: list[SampledToken], batch: MicroBatch) -> list[list[SampledToken]]:
-    """The tokens of each row that asked."""
-    drawn = iter(sampled)
-    return [[next(drawn) for _ in range(row.n_wanted)] for row in batch.rows if row.n_wanted]

@@ -308,6 +308,7 @@ class StageHost:
                 replica=step.replica,
                 step=step.step,
                 sampled=done.sampled,
+                scored=done.scored,
                 stage_seconds=seconds,
                 queue_seconds=waits,
                 pools=pools,

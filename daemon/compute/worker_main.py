@@ -188,6 +188,7 @@ class _WorkerLoop:
                 compute_s=time.monotonic() - started_s,
                 waited_s=max(0.0, self._free_s - request.sent_s),
                 sampled=output.sampled,
+                scored=output.scored,
             )
             self._send(done, hidden)
         self._free_s = time.monotonic()
