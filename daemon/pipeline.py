@@ -13,7 +13,7 @@ import logging
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from daemon.courier import Courier
@@ -31,7 +31,9 @@ from hexmesh.wire.data import (
     GenerateCancel,
     Generated,
     GenerateFailed,
+    HeldSequence,
     ReplicaStats,
+    SequenceTokens,
     Step,
     StepRefused,
     StepResult,
@@ -122,6 +124,15 @@ class ReplicaDriver:
     def sequences(self) -> list[Sequence]:
         """Everything this replica holds, running first."""
         return self._batcher.sequences()
+
+    def held(self) -> Iterator[tuple[str, HeldSequence]]:
+        """Everything that is wanted here, with the gateway that waits for it."""
+        for sequence in self._batcher.sequences():
+            if (gateway := self._gateways.get(sequence.id)) is not None and not sequence.cancelled:
+                yield (
+                    gateway,
+                    HeldSequence(sequence=sequence.id, attempt=sequence.attempt, n_output=sequence.n_output),
+                )
 
     def submit(self, gateway: str, message: Generate) -> None:
         """Take in a gateway's sequence, or tell it why not."""
@@ -257,6 +268,8 @@ class ReplicaDriver:
                 min(1.0, sum(seconds[index] for _, seconds in self._stage_seconds) / window)
                 for index in range(len(self.replica.stages))
             ],
+            queue_room=max(0, self._batcher.limits.max_waiting - len(self._batcher.waiting)),
+            tokens_left=sum(one.max_tokens - one.n_output for one in self._batcher.sequences()),
             is_broken=self.broken is not None,
         )
 
@@ -343,6 +356,8 @@ class ReplicaDriver:
         )
 
     def _hand_out(self, emissions: Iterable[Emission]) -> None:
+        """One message to each gateway: it is read, and its clients are served, once a step."""
+        answers: dict[str, list[SequenceTokens]] = {}
         for emission in emissions:
             sequence = emission.sequence
             gateway = self._gateways.get(sequence.id)
@@ -350,14 +365,17 @@ class ReplicaDriver:
                 continue
             if emission.finish_reason is not None:
                 del self._gateways[sequence.id]
-            generated = Generated(
+            tokens = SequenceTokens(
                 sequence=sequence.id,
                 attempt=sequence.attempt,
                 first=emission.first,
                 tokens=emission.tokens,
                 finish_reason=emission.finish_reason,
+                n_cached=sequence.n_cached,
             )
-            self._courier.send(gateway, generated)
+            answers.setdefault(gateway, []).append(tokens)
+        for gateway, drawn in answers.items():
+            self._courier.send(gateway, Generated(answers=drawn))
 
     def _account(
         self,

@@ -59,7 +59,9 @@ class Round:
 def main() -> int:
     parser = bench_arguments(__doc__ or "")
     parser.add_argument("--streams", type=int, nargs="*", default=COUNTS, help="how many streams at a time")
-    parser.add_argument("--lines", action="store_true", help="also show the lines of code that were seen most")
+    parser.add_argument(
+        "--lines", action="store_true", help="also show the lines of code that were seen most"
+    )
     arguments = parser.parse_args()
     n_rounds = 1 if arguments.quick else 3
     report = Report(
@@ -77,9 +79,7 @@ def main() -> int:
     return 0
 
 
-def measure(
-    report: Report, folder: Path, n_rounds: int, counts: list[int], *, shows_lines: bool
-) -> None:
+def measure(report: Report, folder: Path, n_rounds: int, counts: list[int], *, shows_lines: bool) -> None:
     program = (sys.executable, str(HERE / "sampled_daemon.py"))
     with LocalMesh(folder / "mesh", program=program) as mesh:
         node = mesh.found("node", "--device", "cpu", "--threads", "1", "--dtype", "float32", "--no-auth")
@@ -92,7 +92,9 @@ def measure(
                 label = f"{n_streams} streams, {path.split('/')[2]}"
                 rounds = []
                 for _ in range(n_rounds):
-                    rounds.append(run_round(node, path, n_streams, ROUND_TOKENS.get(n_streams, 20000), idle_s))
+                    rounds.append(
+                        run_round(node, path, n_streams, ROUND_TOKENS.get(n_streams, 20000), idle_s)
+                    )
                     progress(f"{label}: {rounds[-1].us_per_token:.0f} us of CPU a token")
                 add_round_figures(report, label, n_streams, rounds)
             add_split(report, folder, node, n_streams, idle_s, shows_lines=shows_lines)
@@ -114,7 +116,9 @@ def add_round_figures(report: Report, label: str, n_streams: int, rounds: list[R
     report.add(f"  rate, {label}", [one.seen.n_tokens / one.seen.elapsed_s for one in rounds], "tokens/s")
     gaps_s = sorted(gap for one in rounds for gap in one.seen.gaps_s)
     if len(gaps_s) < 100:
-        report.notes.append(f"{label}: the streams did not all run at once; statuses {rounds[0].seen.statuses}")
+        report.notes.append(
+            f"{label}: the streams did not all run at once; statuses {rounds[0].seen.statuses}"
+        )
         return
     median_s, p99_s = statistics.median(gaps_s), gaps_s[int(0.99 * len(gaps_s))]
     report.add(f"  gap p50, {label}", 1e3 * median_s, "ms")
@@ -162,7 +166,14 @@ def run_round(
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    command = [sys.executable, str(HERE / "stream_clients.py"), node.url, path, json.dumps(body), str(n_streams)]
+    command = [
+        sys.executable,
+        str(HERE / "stream_clients.py"),
+        node.url,
+        path,
+        json.dumps(body),
+        str(n_streams),
+    ]
     process = psutil.Process(node.process.pid)
     before, workers_before_s, started_s = process.cpu_times(), _children_cpu_s(process), time.monotonic()
     done = subprocess.run(command, capture_output=True, timeout=ROUND_TIMEOUT_S, check=True)

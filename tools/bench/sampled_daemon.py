@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 from types import FrameType
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])  # beside this file `daemon` would be a bench
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # beside this file `daemon` is a bench
 
 from daemon.cli import main
 

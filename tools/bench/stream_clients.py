@@ -1,4 +1,4 @@
-"""Many streaming clients in one process that costs little: plain sockets and one epoll loop; nothing is parsed on the way.
+"""Many streaming clients in one process that costs little: plain sockets and one epoll loop; nothing is parsed.
 
 Run by `daemon.py` as a process of its own. Prints one JSON object: see `Outcome`.
 """
@@ -68,7 +68,9 @@ class _Client:
             self.times_s.append(now_s)
             self.n_events += n_events
         self.tail = (self.tail + data)[-_TAIL_BYTES:]
-        self.is_done = not data or self.tail.endswith(b"0\r\n\r\n") or not self.head.startswith(b"HTTP/1.1 200")
+        self.is_done = (
+            not data or self.tail.endswith(b"0\r\n\r\n") or not self.head.startswith(b"HTTP/1.1 200")
+        )
 
     @property
     def n_tokens(self) -> int:
