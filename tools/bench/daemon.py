@@ -150,6 +150,13 @@ def add_split(
     n_samples = sum(seen["parts"].values())
     for part, n in sorted(seen["parts"].items(), key=lambda item: -item[1]):
         report.add(f"  {part}, {n_streams} streams", one.us_per_token * n / n_samples, "us a token, sampled")
+    steps = [(trip, compute) for trip, compute in seen["steps"] if compute > 0]
+    compute_ms = sorted(1e3 * compute for _, compute in steps)
+    around_ms = sorted(1e3 * (trip - compute) for trip, compute in steps)
+    for what, sorted_ms in (("compute", compute_ms), ("round trip beside compute", around_ms)):
+        p50, p99 = statistics.median(sorted_ms), sorted_ms[int(0.99 * len(sorted_ms))]
+        report.add(f"  a step's {what} p50, {n_streams} streams", p50, "ms")
+        report.add(f"  a step's {what} p99, {n_streams} streams", p99, "ms")
     if shows_lines:
         for line, n in seen["lines"].items():
             report.notes.append(f"{one.us_per_token * n / n_samples:6.2f} us {line}")
@@ -163,6 +170,7 @@ def run_round(
         "max_tokens": max(2, n_tokens // n_streams),
         "ignore_eos": True,
         "temperature": 1.0,
+        "skip_special_tokens": False,  # a token without text makes no event, and so a gap that is none
         "stream": True,
         "stream_options": {"include_usage": True},
     }
