@@ -93,7 +93,7 @@ def _write(number: int, frame: FrameType | None) -> None:
 
 if __name__ == "__main__":
     if "BENCH_SAMPLES" in os.environ:
-        Telemetry.observe_step = _observe_step  # type: ignore[method-assign]
+        Telemetry.observe_step = _observe_step  # type: ignore[method-assign, assignment]
         signal.signal(signal.SIGPROF, _on_tick)
         signal.signal(signal.SIGUSR1, _start)
         signal.signal(signal.SIGUSR2, _write)

@@ -38,6 +38,8 @@ class Outcome:
     n_arrivals: int
     n_events: int
     client_cpu_s: float
+    refused_s: list[float] = field(default_factory=list)
+    """Time to each refusal."""
     statuses: dict[str, int] = field(default_factory=dict)
 
 
@@ -53,13 +55,19 @@ class _Client:
         self.head = b""
         self.tail = b""
         self.is_done = False
+        self.sent_s = 0.0
+        self.refused_after_s: float | None = None
 
     def send(self) -> None:
+        self.sent_s = time.perf_counter()
         self.socket.sendall(self.request)
         self.socket.setblocking(False)
 
     def receive(self) -> None:
-        data = self.socket.recv(_RECEIVE_BYTES)
+        try:
+            data = self.socket.recv(_RECEIVE_BYTES)
+        except ConnectionError:
+            data = b""
         now_s = time.perf_counter()
         if not self.head:
             self.head = data[:64]
@@ -68,9 +76,10 @@ class _Client:
             self.times_s.append(now_s)
             self.n_events += n_events
         self.tail = (self.tail + data)[-_TAIL_BYTES:]
-        self.is_done = (
-            not data or self.tail.endswith(b"0\r\n\r\n") or not self.head.startswith(b"HTTP/1.1 200")
-        )
+        if not self.head.startswith(b"HTTP/1.1 200"):
+            self.refused_after_s = now_s - self.sent_s
+        is_whole = self.tail.endswith(b"0\r\n\r\n")
+        self.is_done = not data or is_whole or self.refused_after_s is not None
 
     @property
     def n_tokens(self) -> int:
@@ -82,10 +91,13 @@ def run(url: str, path: str, body: dict[str, object], n_clients: int) -> Outcome
     """One round: all clients at once."""
     parts = urlsplit(url)
     address = (str(parts.hostname), int(parts.port or 80))
-    clients = [_Client(address, _request(path, body, index)) for index in range(n_clients)]
+    requests = [_request(path, body, index) for index in range(n_clients)]
+    clients = []
     selector = selectors.DefaultSelector()
     cpu_before_s, started_s = _cpu_s(), time.perf_counter()
-    for client in clients:
+    for request in requests:
+        client = _Client(address, request)
+        clients.append(client)
         client.send()
         selector.register(client.socket, selectors.EVENT_READ, client)
     n_open = n_clients
@@ -123,6 +135,7 @@ def run(url: str, path: str, body: dict[str, object], n_clients: int) -> Outcome
         n_arrivals=sum(len(client.times_s) for client in served),
         n_events=sum(client.n_events for client in served),
         client_cpu_s=cpu_s,
+        refused_s=[client.refused_after_s for client in clients if client.refused_after_s is not None],
         statuses=statuses,
     )
 
