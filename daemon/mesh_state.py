@@ -36,6 +36,9 @@ from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import ReplicaStats
 from hexmesh.wire.notice import PlanBlocked
 
+OWN_STATS_S = 0.05
+"""Figures of a driver here are not made anew more often than that: many requests may ask for them at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeardStats:
@@ -69,17 +72,21 @@ class MeshState:
         return self.epochs.committed.plan if self.epochs.committed is not None else None
 
     def stats_of(self, replica_id: str) -> ReplicaStats | None:
-        """What the replica does: this moment if it is driven here, else as its driver said last."""
+        """What the replica does: just now if it is driven here, else as its driver said last."""
         heard = self._heard_stats(replica_id)
         return heard.stats if heard is not None else None
 
     def _heard_stats(self, replica_id: str) -> HeardStats | None:
         held = self.epochs.committed
         driver = held.drivers.get(replica_id) if held is not None else None
+        heard = self.stats.get(replica_id)
         if driver is None:
-            return self.stats.get(replica_id)
+            return heard
         now_s = time.monotonic()
-        return HeardStats(driver.stats(now_s), now_s)
+        is_broken = driver.broken is not None
+        if heard is None or now_s - heard.heard_s >= OWN_STATS_S or heard.stats.is_broken != is_broken:
+            heard = self.stats[replica_id] = HeardStats(driver.stats(now_s), now_s)
+        return heard
 
     def lost_nodes(self) -> frozenset[str]:
         """Hosts of the committed plan that do not answer us now."""
