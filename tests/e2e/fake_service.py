@@ -58,6 +58,8 @@ class FakeService:
     replies: tuple[str, ...] = (REPLY,)
     tokens_a_part: int = 1
     max_model_tokens: int = 256
+    n_cached: int = 0
+    """Prompt tokens that the first choice is said to have found in the cache; later ones find all."""
     blocker: Blocker | None = None
     refusal: HexmeshError | None = None
     """Raised instead of a first token."""
@@ -146,6 +148,7 @@ class FakeService:
                 yield GenerationPart(
                     tokens=[sampled(token, request.sampling.n_logprobs) for token in drawn],
                     finish_reason="stop" if named else "length" if is_last else None,
+                    n_cached=self.n_cached if request.sampling.choice == 0 else len(request.prompt),
                 )
                 if named:
                     return
