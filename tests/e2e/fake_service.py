@@ -121,11 +121,16 @@ class FakeService:
         return lambda: task.cancel() and None
 
     async def _feed(self, request: GenerationRequest, sink: TokenSink) -> None:
-        try:
-            async for part in self._parts(request):
-                sink.take(part)
-        except Exception as error:
-            sink.fail(error)
+        parts = self._parts(request)
+        while True:
+            try:
+                part = await anext(parts, None)
+            except Exception as error:
+                sink.fail(error)
+                return
+            if part is None:
+                return
+            sink.take(part)  # which may not raise
 
     async def _parts(self, request: GenerationRequest) -> AsyncIterator[GenerationPart]:
         self.asked.append(request)

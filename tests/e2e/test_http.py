@@ -438,13 +438,15 @@ async def test_cancel_by_id(service: FakeService, session: ClientSession, stream
     assert outcomes(service) == {"cancelled": 1.0}
 
 
-@pytest.mark.parametrize("allowed_bytes", [2**20, 2**40], ids=["too-much-unread", "nothing-read"])
+@pytest.mark.parametrize(
+    ("allowed_bytes", "allowed_s"), [(2**20, 60.0), (2**40, 0.2)], ids=["too-much-unread", "nothing-read"]
+)
 async def test_a_client_that_stops_reading_is_given_up(
-    service: FakeService, allowed_bytes: int, monkeypatch: pytest.MonkeyPatch
+    service: FakeService, allowed_bytes: int, allowed_s: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("daemon.web.stream_writer.MAX_UNREAD_BYTES", allowed_bytes)
     service.max_model_tokens = 10**6
-    async with serving(service, write_timeout_s=0.2) as (surface, _):
+    async with serving(service, write_timeout_s=allowed_s) as (surface, _):
         narrow = socket.socket()
         narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         narrow.connect(("127.0.0.1", surface.port))
