@@ -38,6 +38,8 @@ ROUTES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": QUESTION}]},
 }
 IDLE_S = 3.0
+N_TOO_MANY = 2000
+OVERLOAD_TOKENS = 20
 ROUND_TIMEOUT_S = 170.0
 
 
@@ -98,6 +100,7 @@ def measure(report: Report, folder: Path, n_rounds: int, counts: list[int], *, s
                     progress(f"{label}: {rounds[-1].us_per_token:.0f} us of CPU a token")
                 add_round_figures(report, label, n_streams, rounds)
             add_split(report, folder, node, n_streams, idle_s, shows_lines=shows_lines)
+        add_overload(report, node)
 
 
 def add_round_figures(report: Report, label: str, n_streams: int, rounds: list[Round]) -> None:
@@ -160,6 +163,21 @@ def add_split(
     if shows_lines:
         for line, n in seen["lines"].items():
             report.notes.append(f"{one.us_per_token * n / n_samples:6.2f} us {line}")
+
+
+def add_overload(report: Report, node: LocalDaemon) -> None:
+    """More clients at once than the node takes: how soon the others are refused, and what the served ones notice."""
+    seen = run_round(node, "/v1/completions", N_TOO_MANY, N_TOO_MANY * OVERLOAD_TOKENS).seen
+    label = f"{N_TOO_MANY} clients at once"
+    report.notes.append(f"{label}: statuses {seen.statuses}")
+    if not seen.refused_s:
+        report.notes.append(f"{label}: all were taken")
+        return
+    refused_s, gaps_s = sorted(seen.refused_s), sorted(seen.all_gaps_s)
+    report.add(f"refused after, p50, {label}", 1e3 * statistics.median(refused_s), "ms")
+    report.add(f"refused after, slowest, {label}", 1e3 * refused_s[-1], "ms")
+    report.add(f"gap p50 of the served, {label}", 1e3 * statistics.median(gaps_s), "ms")
+    report.add(f"gap p99 of the served, {label}", 1e3 * gaps_s[int(0.99 * len(gaps_s))], "ms")
 
 
 def run_round(
