@@ -294,6 +294,21 @@ async def test_chat_stream_to_the_byte(service: FakeService, session: ClientSess
     assert raw == "".join(f"data: {line}\n\n" for line in expected)
 
 
+async def test_an_old_client_gets_its_stream_unframed(service: FakeService) -> None:
+    body = json.dumps({**PROMPT, "stream": True}).encode()
+    async with serving(service) as (surface, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", surface.port)
+        writer.write(
+            b"POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
+            % (len(body), body)
+        )
+        async with asyncio.timeout(5):
+            head, _, raw = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+    assert b"chunked" not in head.lower()
+    assert "".join(event["choices"][0]["text"] for event in events(raw)) == REPLY
+
+
 async def test_usage_runs_along_when_asked(service: FakeService, session: ClientSession) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     body = {**PROMPT, "stream": True, "stream_options": options}
