@@ -12,7 +12,7 @@ import pytest
 from daemon.gateway import MAX_MISSED
 from hexmesh.errors import Busy, NotReady
 from hexmesh.wire.data import GenerateCancel, Generated, GenerateFailed, Holding, SampledToken, SequenceTokens
-from tests.unit.daemon.fake_mesh import FakeMesh, answer_to, fake_mesh
+from tests.unit.daemon.fake_mesh import BLOCK_TOKENS, FakeMesh, answer_to, fake_mesh
 from tests.unit.daemon.test_recovery_with_fake_stages import PROMPT, until
 
 
@@ -34,6 +34,22 @@ async def test_one_message_a_step_carries_all_tokens_for_a_gateway() -> None:
         await asyncio.gather(*(mesh.ask("b", [*PROMPT, i], 30, name=str(i)) for i in range(5)))
         assert max(sizes) == 5
         assert len(sizes) == mesh.nodes["a"].driver().steps_run
+
+
+async def test_the_driver_says_how_much_of_a_prompt_was_cached() -> None:
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        told: list[int] = []
+
+        def note(message: object) -> bool:
+            if isinstance(message, Generated):
+                told.extend(answer.n_cached for answer in message.answers if answer.first == 0)
+            return False
+
+        mesh.lose = note
+        for name in ("first", "second"):
+            await mesh.ask("b", [*PROMPT, 3, 4], 5, name=name)
+        assert told == [0, 2 * BLOCK_TOKENS]
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["in-the-middle", "at-the-end"])
