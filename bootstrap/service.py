@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
@@ -30,7 +30,7 @@ from daemon.views import (
     TokenView,
     TopologyView,
 )
-from daemon.web.service import GenerationPart, GenerationRequest, ServedModel
+from daemon.web.service import GenerationRequest, ServedModel, TokenSink
 from hexmesh.errors import NotReady
 from hexmesh.membership.reach import OwnReach
 from hexmesh.membership.records import Directory, NodeRecord
@@ -83,7 +83,7 @@ class BootstrapService:
     def readiness(self) -> Readiness:
         return Readiness(ready=False, blocker=BLOCKER)
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart, None]:
+    def generate(self, request: GenerationRequest, sink: TokenSink) -> Callable[[], None]:
         raise _blocker_error()
 
     def cancel(self, request_id: str) -> bool:

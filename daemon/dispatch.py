@@ -15,6 +15,7 @@ from daemon.courier import Courier, Payload
 from daemon.discovery.roster import Roster
 from daemon.epochs import Epochs
 from daemon.gateway import Gateway
+from daemon.mesh_state import HeardStats
 from daemon.orders import NodeOrders
 from daemon.peering.links import LinkMonitor
 from daemon.stages import StageHost
@@ -42,6 +43,7 @@ from hexmesh.wire.data import (
     GenerateCancel,
     Generated,
     GenerateFailed,
+    Holding,
     PromptScored,
     ReplicaIdle,
     ReplicaStats,
@@ -100,7 +102,7 @@ class Dispatcher:
     roster: Roster
     orders: NodeOrders
     trust: TrustDesk
-    stats: dict[str, ReplicaStats]
+    stats: dict[str, HeardStats]
     complaints: Complaints = field(default_factory=Complaints)
     _deaf_until_s: dict[str, float] = field(default_factory=dict)
     """Of members alone, so it stays small."""
@@ -122,8 +124,14 @@ class Dispatcher:
                 self._on_control(src, known)
             case Generate():
                 self._on_generate(src, known)
-            case Generated() | PromptScored() | GenerateFailed():
-                self.gateway.on_message(src, known)
+            case Generated():
+                self.gateway.on_tokens(src, known)
+            case PromptScored():
+                self.gateway.on_scores(src, known)
+            case GenerateFailed():
+                self.gateway.on_failed(src, known)
+            case Holding():
+                self.gateway.on_holding(src, known)
             case GenerateCancel():
                 for driver in self.epochs.drivers():
                     driver.cancel(known)
@@ -151,7 +159,7 @@ class Dispatcher:
         """What a replica does just now, if it is of an epoch held here."""
         committed = self.epochs.committed
         if committed is not None and stats.epoch == committed.epoch:
-            self.stats[stats.replica] = stats
+            self.stats[stats.replica] = HeardStats(stats, time.monotonic())
         self.epochs.on_stats(stats)
 
     def _on_facts(self, src: str, facts: Facts) -> None:

@@ -2,81 +2,64 @@
 
 Attempts are numbered; tokens of an older attempt are dropped, and so are tokens that the client has already. A
 request ends with its tokens or with an error that names the blocker, within its deadline.
+
+Nothing waits here: a message of a driver is handed on to the clients' sinks at once, and one look a tenth of a
+second watches over all sequences. Messages may be lost. A gap in a sequence's tokens shows that, and so does the
+list that a driver sends of what it holds; a driver that sends neither tokens nor lists is given up.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Set
+from dataclasses import replace
+from typing import Protocol
 
 from daemon.courier import Courier
-from daemon.web.service import GenerationPart, GenerationRequest
-from hexmesh.errors import Busy, Closed, HexmeshError, InvalidInput, NotReady, TimedOut
+from daemon.flight import Flight, Route
+from daemon.web.http_errors import CANCELLED
+from daemon.web.service import GenerationPart, GenerationRequest, TokenSink
+from hexmesh.errors import Closed, HexmeshError, InvalidInput, NotReady, TimedOut
 from hexmesh.serving.watchdog import LOOK_S, SUSPECT_S, Patience
 from hexmesh.wire.control import Epoch
-from hexmesh.wire.data import Generate, GenerateCancel, Generated, GenerateFailed, PromptScored
+from hexmesh.wire.data import (
+    Generate,
+    GenerateCancel,
+    Generated,
+    GenerateFailed,
+    HeldSequence,
+    Holding,
+    PromptScored,
+    SequenceTokens,
+)
 
 log = logging.getLogger("hexmesh.gateway")
 
-SILENCE_S = 60.0
-"""A driver that sends nothing for so long is given up, and the request is tried again."""
-LOOK_FOR_ROUTE_S = 0.25
-"""A route may come back without any news: when a node that was not heard for a while is heard again."""
+SILENCE_S = 5.0
+"""A driver that sends nothing for so long, not even its list, is given up: its sequences are tried again."""
+MAX_MISSED = 3
+"""So many lists in a row may lack a sequence: it may be on its way to the driver still, if not for long."""
+MAX_CANCELS = 256
+"""In answer to one list; the next comes in a second."""
 RETRY_PAUSE_S = 0.02
 MAX_RETRY_PAUSE_S = 0.5
-_SPARE_MESSAGES = 16
-"""A driver has one message a token to send, and a few besides; what is over that is a flood."""
-MAX_BUSY_S = 1.0
-"""How long a request that found the queue full is tried before the client is told."""
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where a request can go now: a replica of the committed epoch and the node that drives it."""
+class Router(Protocol):
+    """Where requests go, as this node knows the mesh."""
 
-    epoch: Epoch
-    replica: str
-    driver: str
-    nodes: frozenset[str]
-    """Every node that holds a stage of the replica."""
+    def route(self, n_tokens: int, avoid: Set[tuple[Epoch, str]], *, may_wait: bool) -> Route | None:
+        """For a sequence of so many tokens so far, rather not to a replica to `avoid`.
 
+        None when no replica is whole, or when all are full and it may not wait.
+        """
+        ...
 
-@dataclass(slots=True)
-class Flight:
-    """One sequence under way; owned by its `generate` call."""
-
-    key: str
-    """The sequence's name on the wire: two peers may be given the same request id at the same time."""
-    request: GenerationRequest
-    started_s: float
-    deadline_s: float
-    attempt: int = 0
-    has_token: bool = False
-    """Whether the present attempt has brought a token."""
-    is_cancelled: bool = False
-    error: HexmeshError | None = None
-    """What ends it, whatever its driver may still send."""
-    emitted: list[int] = field(default_factory=list)
-    n_scored: int = 0
-    """Tokens of the prompt whose scores the client has."""
-    route: Route | None = None
-    failed: set[tuple[Epoch, str]] = field(default_factory=set)
-    """Replicas that an attempt failed on: others come first."""
-    inbox: asyncio.Queue[Generated | PromptScored | GenerateFailed] = field(default_factory=asyncio.Queue)
-
-    @property
-    def n_to_score(self) -> int:
-        """Tokens of the prompt whose scores are wanted in all."""
-        return len(self.request.prompt) - 1 if self.request.n_prompt_logprobs >= 0 else 0
-
-    @property
-    def most_messages(self) -> int:
-        """What a driver may have sent that was not read yet; more is a flood."""
-        return self.request.max_tokens + self.n_to_score + _SPARE_MESSAGES
+    def refusal(self) -> HexmeshError:
+        """Why there is no route for a new request now."""
+        ...
 
 
 class Gateway:
@@ -86,48 +69,63 @@ class Gateway:
         self,
         *,
         courier: Courier,
-        route: Callable[[Set[tuple[Epoch, str]]], Route | None],
-        blocker: Callable[[], HexmeshError],
+        router: Callable[[], Router],
         on_recovered: Callable[[], None],
         is_heard: Callable[[str], bool],
     ) -> None:
         self._courier = courier
-        """`route` gives where a request goes now; rather not to replicas of the set it is given."""
-        self._route = route
-        self._blocker = blocker
+        self._router = router
         self._on_recovered = on_recovered
         self._is_heard = is_heard
         self._flights: dict[str, Flight] = {}
-        self._routes_changed = asyncio.Event()
+        self._patience: dict[str, Patience] = {}
+        """With each driver that is asked for something."""
+        self._next_look: asyncio.TimerHandle | None = None
 
     def flights(self) -> list[Flight]:
         """Every sequence under way."""
         return list(self._flights.values())
 
+    def generate(self, request: GenerationRequest, sink: TokenSink) -> Callable[[], None]:
+        """Start a sequence; see `MeshService.generate`."""
+        key = f"{self._courier.node_id}/{request.sequence}"
+        if key in self._flights:
+            raise InvalidInput(
+                f"request {request.request_id} is under way already", next_step="use another X-Request-Id"
+            )
+        now_s = time.monotonic()
+        flight = Flight(key, request, sink, now_s, now_s + request.timeout_s)
+        route = self._find_route(flight)
+        if route is None:
+            raise self._router().refusal()
+        self._flights[key] = flight
+        self._open(flight, route)
+        if self._next_look is None:
+            self._next_look = asyncio.get_running_loop().call_later(LOOK_S, self._look)
+        return lambda: self._leave(flight)
+
     def cancel(self, request_id: str) -> bool:
-        """End all sequences of a request as if its client had left."""
-        flights = [flight for flight in self._flights.values() if flight.request.request_id == request_id]
+        """End all sequences of a request; False when there is none."""
+        flights = [flight for flight in self.flights() if flight.request.request_id == request_id]
         for flight in flights:
-            flight.is_cancelled = True
-            flight.inbox.put_nowait(self._give_up(flight, "cancelled by request"))
+            self._fail(flight, Closed("cancelled by request", code=CANCELLED))
         return bool(flights)
 
     def end_all(self, error: HexmeshError) -> None:
         """This node goes: what has not ended fails with `error`."""
-        for flight in self._flights.values():
-            flight.error = error
-            flight.inbox.put_nowait(self._give_up(flight, error.message))
+        for flight in self.flights():
+            self._fail(flight, error)
 
     def routes_changed(self) -> None:
         """A plan was committed, or a node came or went: requests that wait look for a route again."""
-        self._routes_changed.set()
-        self._routes_changed = asyncio.Event()
+        for flight in self.flights():
+            self._reopen(flight)
 
     def node_lost(self, node: str, reason: str) -> None:
         """Replay what ran over a node that is gone."""
-        for flight in self._flights.values():
+        for flight in self.flights():
             if flight.route is not None and node in flight.route.nodes:
-                flight.inbox.put_nowait(self._give_up(flight, reason, retry=True))
+                self._retry(flight, reason)
         self.routes_changed()
 
     def carried_over(self, old: Epoch, new: Epoch, replicas: Mapping[str, str]) -> None:
@@ -140,51 +138,85 @@ class Gateway:
 
     def link_lost(self, node: str, reason: str) -> None:
         """A connection was cut: tokens from a driver there may be lost."""
-        for flight in self._flights.values():
-            if flight.route is not None and flight.route.driver == node:
-                flight.inbox.put_nowait(self._give_up(flight, reason, retry=True))
+        for flight in self._driven_by(node):
+            self._retry(flight, reason)
 
-    def on_message(self, src: str, message: Generated | PromptScored | GenerateFailed) -> None:
-        """Tokens or a failure from a driver; those of another node or an older attempt are dropped."""
-        flight = self._flights.get(message.sequence)
-        if flight is None or message.attempt != flight.attempt or flight.route is None:
+    # --- what drivers say; of another node or an older attempt it is dropped ---
+
+    def on_tokens(self, src: str, message: Generated) -> None:
+        """What one step of a driver drew for sequences of ours."""
+        self._was_heard(src)
+        for answer in message.answers:
+            flight = self._meant(src, answer.sequence, answer.attempt)
+            if flight is not None:
+                self._take(flight, answer)
+
+    def on_scores(self, src: str, message: PromptScored) -> None:
+        """A driver has scored a part of a prompt."""
+        self._was_heard(src)
+        flight = self._meant(src, message.sequence, message.attempt)
+        if flight is None:
             return
-        if src == flight.route.driver and flight.inbox.qsize() < flight.most_messages:
-            flight.inbox.put_nowait(message)
+        if message.first > flight.n_scored:
+            self._retry(flight, "scores were lost on their way")
+            return
+        flight.has_token = True
+        scores = message.scores[flight.n_scored - message.first : flight.n_to_score - message.first]
+        if scores:
+            flight.n_scored += len(scores)
+            flight.sink.take(GenerationPart(tokens=[], finish_reason=None, scores=scores))
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart, None]:
-        """Parts of one sequence as they come; see `MeshService.generate`."""
-        key = f"{self._courier.node_id}/{request.sequence}"
-        if key in self._flights:
-            raise InvalidInput(
-                f"request {request.request_id} is under way already", next_step="use another X-Request-Id"
-            )
-        now_s = time.monotonic()
-        flight = Flight(key, request, now_s, now_s + request.timeout_s)
-        self._flights[key] = flight
-        is_finished = False
-        try:
-            while not is_finished:
-                await self._open(flight)
-                async for part in self._parts(flight):
-                    is_finished = part.finish_reason is not None
-                    yield part
-        finally:
-            del self._flights[key]
-            if not is_finished:
-                self._cancel_at_driver(flight)
+    def on_failed(self, src: str, message: GenerateFailed) -> None:
+        """A driver gives an attempt up."""
+        self._was_heard(src)
+        flight = self._meant(src, message.sequence, message.attempt)
+        if flight is None:
+            return
+        if not message.retry:
+            self._fail(flight, InvalidInput(message.reason), tells_driver=False)
+        elif message.busy:
+            self._try_another(flight, message.reason)
+        else:
+            self._retry(flight, message.reason)
 
-    async def _open(self, flight: Flight) -> None:
-        """Start the next attempt on a replica that is whole, waiting for one if need be."""
-        if flight.attempt:
-            self._cancel_at_driver(flight)  # the next attempt may be another driver's
-            flight.route = None
-            await self._pause(flight)
-        route = await self._await_route(flight)
+    def on_holding(self, src: str, message: Holding) -> None:
+        """What a driver holds of ours: repairs what lost messages left on either side."""
+        self._was_heard(src)
+        held = {one.sequence: one for one in message.sequences}
+        for flight in self._driven_by(src):
+            known = held.get(flight.key)
+            if known is None or known.attempt != flight.attempt:
+                flight.n_missed += 1
+                if flight.n_missed >= MAX_MISSED:
+                    self._retry(flight, "its driver does not have it any more")
+            else:
+                flight.n_missed = 0
+                if known.n_output > len(flight.emitted):
+                    self._retry(flight, "tokens were lost on their way")
+        unwanted = [one for one in message.sequences if not self._wants(one)]
+        for one in unwanted[:MAX_CANCELS]:
+            self._courier.send(src, GenerateCancel(sequence=one.sequence, attempt=one.attempt))
+
+    def _wants(self, held: HeldSequence) -> bool:
+        flight = self._flights.get(held.sequence)
+        return flight is not None and flight.attempt <= held.attempt
+
+    # --- a sequence's life ---
+
+    def _find_route(self, flight: Flight) -> Route | None:
+        # Who has tokens already has waited: a place in any queue will do.
+        may_wait = bool(flight.emitted) or bool(flight.failed - flight.full)
+        return self._router().route(flight.n_tokens, flight.failed, may_wait=may_wait)
+
+    def _open(self, flight: Flight, route: Route) -> None:
+        """Send the next attempt to a driver."""
         flight.attempt += 1
         flight.has_token = False
+        flight.n_missed = 0
         flight.route = route
-        flight.inbox = asyncio.Queue()
+        flight.sent_s = time.monotonic()
+        if route.driver not in self._patience:
+            self._patience[route.driver] = Patience(SILENCE_S, time.monotonic())
         request = flight.request
         message = Generate(
             sequence=flight.key,
@@ -192,7 +224,7 @@ class Gateway:
             epoch=route.epoch,
             replica=route.replica,
             prompt=request.prompt,
-            emitted=flight.emitted,
+            emitted=list(flight.emitted),
             max_tokens=request.max_tokens,
             stop_token_ids=request.stop_token_ids,
             sampling=request.sampling,
@@ -203,132 +235,140 @@ class Gateway:
             timeout_s=max(0.0, flight.deadline_s - time.monotonic()),
         )
         if not self._courier.send(route.driver, message):
-            flight.inbox.put_nowait(self._give_up(flight, "its driver cannot be reached", retry=True))
+            self._retry(flight, "its driver cannot be reached")
 
-    async def _pause(self, flight: Flight) -> None:
-        """Wait before another attempt, longer each time, unless the routes change."""
-        changed = self._routes_changed
-        pause_s = min(MAX_RETRY_PAUSE_S, RETRY_PAUSE_S * 2 ** min(flight.attempt, 10))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause_s):
-                await changed.wait()
+    def _reopen(self, flight: Flight) -> None:
+        """Try to start the next attempt of a sequence that waits for a route."""
+        is_waiting = flight.route is None and self._is_under_way(flight)
+        if is_waiting and (route := self._find_route(flight)) is not None:
+            self._open(flight, route)
 
-    async def _await_route(self, flight: Flight) -> Route:
-        while (route := self._route(flight.failed)) is None:
-            if flight.attempt == 0:
-                raise self._blocker()
-            left_s = flight.deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise self._too_late(flight)
-            changed = self._routes_changed
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(LOOK_FOR_ROUTE_S, left_s)):
-                    await changed.wait()
-        return route
-
-    async def _parts(self, flight: Flight) -> AsyncGenerator[GenerationPart, None]:
-        """Parts of the present attempt; ends early when another attempt must be made."""
-        while True:
-            message = await self._next_message(flight)
-            if isinstance(message, Generated | PromptScored):
-                if _is_late(flight, message):
-                    self._cancel_at_driver(flight)
-                    self._note_retry(
-                        flight, self._give_up(flight, "tokens were lost on their way", retry=True)
-                    )
-                    return
-                part = self._take(flight, message)
-                if part is not None:
-                    yield part
-                if part is not None and part.finish_reason is not None:
-                    return
-            elif flight.error is not None:
-                raise flight.error
-            elif flight.is_cancelled:
-                raise Closed(message.reason, code="cancelled")
-            elif not message.retry:
-                raise InvalidInput(message.reason)
-            elif message.busy and not flight.emitted and self._waited_long(flight):
-                raise Busy(
-                    message.reason, code="queue_full", next_step="try again shortly", retry_after_s=1.0
-                )
-            else:
-                self._note_retry(flight, message)
-                return
-
-    async def _next_message(self, flight: Flight) -> Generated | PromptScored | GenerateFailed:
-        patience = Patience(SILENCE_S, time.monotonic())
-        while not patience.is_over:
-            left_s = flight.deadline_s - time.monotonic()
-            if left_s <= 0:
-                raise self._too_late(flight)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(LOOK_S, left_s)):
-                    return await flight.inbox.get()
-            patience.spend(time.monotonic())
-            if patience.spent_s >= SUSPECT_S and not self._driver_is_heard(flight):
-                self._cancel_at_driver(flight)
-                return self._give_up(flight, "its driver's node is not heard", retry=True)
-        self._cancel_at_driver(flight)
-        return self._give_up(flight, f"its driver was silent for {SILENCE_S:.0f} s", retry=True)
-
-    def _driver_is_heard(self, flight: Flight) -> bool:
-        assert flight.route is not None
-        return flight.route.driver == self._courier.node_id or self._is_heard(flight.route.driver)
-
-    def _take(self, flight: Flight, message: Generated | PromptScored) -> GenerationPart | None:
-        """The tokens or scores that the client does not have yet."""
+    def _take(self, flight: Flight, answer: SequenceTokens) -> None:
+        """Hand on the tokens that the client does not have yet."""
+        n_emitted = len(flight.emitted)
+        if answer.first > n_emitted or flight.n_scored < flight.n_to_score:
+            self._retry(flight, "tokens were lost on their way")
+            return
         flight.has_token = True
-        if isinstance(message, PromptScored):
-            scores = message.scores[flight.n_scored - message.first : flight.n_to_score - message.first]
-            flight.n_scored += len(scores)
-            return GenerationPart(tokens=[], finish_reason=None, scores=scores) if scores else None
-        new = message.tokens[max(0, len(flight.emitted) - message.first) :]
-        flight.emitted.extend(token.token_id for token in new)
-        if not new and message.finish_reason is None:
-            return None
-        return GenerationPart(tokens=new, finish_reason=message.finish_reason)
+        new = answer.tokens[n_emitted - answer.first : flight.request.max_tokens - answer.first]
+        if not new and answer.finish_reason is None:
+            return
+        for token in new:
+            flight.emitted.append(token.token_id)
+        if answer.finish_reason is not None:
+            del self._flights[flight.key]
+        flight.sink.take(
+            GenerationPart(tokens=new, finish_reason=answer.finish_reason, n_cached=answer.n_cached)
+        )
 
-    def _note_retry(self, flight: Flight, failed: GenerateFailed) -> None:
+    def _try_another(self, flight: Flight, reason: str) -> None:
+        """Its driver's queue is full: ask the next one now, and refuse the request if there is none."""
         assert flight.route is not None
         replica = (flight.route.epoch, flight.route.replica)
-        is_news = replica not in flight.failed
         flight.failed.add(replica)
-        if is_news and not failed.busy:  # the same one is tried again while there is no other
+        flight.full.add(replica)
+        if flight.emitted:
+            self._retry(flight, reason, is_news=False)
+            return
+        route = self._find_route(flight)
+        if route is None or (route.epoch, route.replica) in flight.full:
+            self._fail(flight, self._router().refusal(), tells_driver=False)
+        else:
+            self._open(flight, route)
+
+    def _retry(self, flight: Flight, reason: str, *, is_news: bool = True) -> None:
+        """Give the present attempt up and make another after a pause, longer each time."""
+        if flight.route is None:
+            return
+        self._note_failure(flight, flight.route, reason, is_news=is_news)
+        self._cancel_at_driver(flight)
+        flight.route = None
+        pause_s = min(MAX_RETRY_PAUSE_S, RETRY_PAUSE_S * 2 ** min(flight.attempt, 10))
+        asyncio.get_running_loop().call_later(pause_s, self._reopen, flight)
+
+    def _note_failure(self, flight: Flight, route: Route, reason: str, *, is_news: bool) -> None:
+        replica = (route.epoch, route.replica)
+        if is_news and replica not in flight.failed:  # the same one is tried again while there is no other
             self._on_recovered()
             log.info(
                 "request replayed request=%s attempt=%d output_tokens=%d reason=%s",
                 flight.request.request_id,
                 flight.attempt,
                 len(flight.emitted),
-                failed.reason,
+                reason,
             )
+        flight.failed.add(replica)
 
-    def _give_up(self, flight: Flight, reason: str, *, retry: bool = False) -> GenerateFailed:
-        return GenerateFailed(sequence=flight.key, attempt=flight.attempt, reason=reason, retry=retry)
+    def _leave(self, flight: Flight) -> None:
+        """Nobody waits for it any more."""
+        if self._is_under_way(flight):
+            del self._flights[flight.key]
+            self._cancel_at_driver(flight)
+
+    def _fail(self, flight: Flight, error: HexmeshError, *, tells_driver: bool = True) -> None:
+        if not self._is_under_way(flight):
+            return  # it left with another sequence of its request
+        del self._flights[flight.key]
+        if tells_driver:
+            self._cancel_at_driver(flight)
+        flight.sink.fail(error)
+
+    def _is_under_way(self, flight: Flight) -> bool:
+        return self._flights.get(flight.key) is flight
 
     def _cancel_at_driver(self, flight: Flight) -> None:
         if flight.route is not None:
             cancel = GenerateCancel(sequence=flight.key, attempt=flight.attempt)
             self._courier.send(flight.route.driver, cancel)
 
-    def _waited_long(self, flight: Flight) -> bool:
-        return time.monotonic() - flight.started_s > MAX_BUSY_S
+    # --- watching ---
+
+    def _look(self) -> None:
+        """Look after all sequences: deadlines, silent drivers, and routes that came back without any news."""
+        now_s = time.monotonic()
+        self._next_look = None
+        for flight in self.flights():
+            if now_s >= flight.deadline_s:
+                self._fail(flight, self._too_late(flight))
+            else:
+                self._reopen(flight)
+        drivers = {flight.route.driver for flight in self._flights.values() if flight.route is not None}
+        self._patience = {node: self._patience[node] for node in drivers}
+        for node, patience in list(self._patience.items()):
+            patience.spend(now_s)
+            if (why := self._why_given_up(node, patience)) is not None:
+                for flight in self._driven_by(node):
+                    self._retry(flight, why)
+        if self._flights:
+            self._next_look = asyncio.get_running_loop().call_later(LOOK_S, self._look)
+
+    def _why_given_up(self, driver: str, patience: Patience) -> str | None:
+        if patience.is_over:
+            return f"its driver was silent for {SILENCE_S:.0f} s"
+        is_here = driver == self._courier.node_id
+        if patience.spent_s >= SUSPECT_S and not is_here and not self._is_heard(driver):
+            return "its driver's node is not heard"
+        return None
+
+    def _was_heard(self, driver: str) -> None:
+        if driver in self._patience:
+            self._patience[driver] = Patience(SILENCE_S, time.monotonic())
+
+    def _driven_by(self, node: str) -> list[Flight]:
+        flights = self._flights.values()
+        return [one for one in flights if one.route is not None and one.route.driver == node]
+
+    def _meant(self, src: str, sequence: str, attempt: int) -> Flight | None:
+        """The flight that `src` may speak of, as the driver of its present attempt."""
+        flight = self._flights.get(sequence)
+        if flight is None or flight.attempt != attempt or flight.route is None:
+            return None
+        return flight if flight.route.driver == src else None
 
     def _too_late(self, flight: Flight) -> HexmeshError:
-        blocker = self._blocker()
         waited_s = time.monotonic() - flight.started_s
-        if isinstance(blocker, NotReady):
-            return TimedOut(
-                f"no answer within {waited_s:.0f} s: {blocker.message}", next_step=blocker.next_step
-            )
+        if flight.route is None and isinstance(why := self._router().refusal(), NotReady):
+            return TimedOut(f"no answer within {waited_s:.0f} s: {why.message}", next_step=why.next_step)
         return TimedOut(
             f"no answer within {waited_s:.0f} s", next_step="ask for fewer tokens or a longer deadline"
         )
-
-
-def _is_late(flight: Flight, message: Generated | PromptScored) -> bool:
-    """Whether something that should have come before it was lost."""
-    if isinstance(message, PromptScored):
-        return message.first > flight.n_scored
-    return message.first > len(flight.emitted) or flight.n_scored < flight.n_to_score

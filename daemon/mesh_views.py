@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from daemon.epochs import HeldEpoch
-from daemon.gateway import Flight
+from daemon.flight import Flight
 from daemon.link_views import link_views
 from daemon.mesh_state import MeshState, blocker_of
 from daemon.models.weight_fetch import FetchProgress

@@ -36,7 +36,7 @@ from daemon.dispatch import PEER_MESSAGES, Dispatcher
 from daemon.epochs import Epochs
 from daemon.gateway import Gateway
 from daemon.leaving import drain
-from daemon.mesh_state import MeshState
+from daemon.mesh_state import HeardStats, MeshState
 from daemon.mesh_views import MeshViews
 from daemon.models.node_weights import NodeWeights
 from daemon.models.weight_cache import cache_of
@@ -60,7 +60,7 @@ from daemon.upkeep import Upkeep
 from daemon.views import UpLine
 from daemon.web.access import HttpOptions, read_api_keys
 from daemon.web.http import HttpSurface
-from daemon.web.mesh_service import NodeService, blocker_error
+from daemon.web.mesh_service import NodeService
 from daemon.web.service import ServedModel
 from daemon.web.telemetry import Telemetry
 from hexmesh import __version__
@@ -74,7 +74,7 @@ from hexmesh.membership.timers import Timers
 from hexmesh.plan import DtypeName
 from hexmesh.serving.batcher import BatchLimits
 from hexmesh.wire.control import Epoch
-from hexmesh.wire.data import ReplicaStats, Step, StepResult
+from hexmesh.wire.data import Step, StepResult
 from hexmesh.wire.facts import Facts
 from hexmesh.wire.peering import PROTOCOL_VERSION, MemberAddress
 from hexmesh.wire.trust import TrustMessage
@@ -346,12 +346,11 @@ class Node:
         self._coordination.attach(self._epochs)
         self._gateway = Gateway(
             courier=self,
-            route=lambda avoid: self._state.route(avoid),
-            blocker=lambda: blocker_error(self._state.readiness()),
+            router=lambda: self._state,
             on_recovered=lambda: self._telemetry.count_recovery("replay"),
             is_heard=self._coordination.hears,
         )
-        stats: dict[str, ReplicaStats] = {}
+        stats: dict[str, HeardStats] = {}
         self._state = MeshState(
             node_id=member.node_id,
             name=self._options.name,
@@ -574,8 +573,6 @@ class Node:
 
     def _on_step(self, trace: StepTrace) -> None:
         self._telemetry.observe_step(trace.replica, trace.round_trip_s, trace.stage_seconds, trace.transit_s)
-        if trace.n_prefix_hit_tokens:
-            self._telemetry.count_prefix_hits(trace.n_prefix_hit_tokens)
 
     # --- what this node tells of itself ---
 

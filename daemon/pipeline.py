@@ -14,7 +14,7 @@ import contextlib
 import logging
 import time
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from daemon.courier import Courier
@@ -35,8 +35,10 @@ from hexmesh.wire.data import (
     GenerateCancel,
     Generated,
     GenerateFailed,
+    HeldSequence,
     PromptScored,
     ReplicaStats,
+    SequenceTokens,
     Step,
     StepRefused,
     StepResult,
@@ -59,8 +61,6 @@ class StepTrace:
     round_trip_s: float
     stage_seconds: list[float]
     queue_seconds: list[float]
-    n_prefix_hit_tokens: int
-    """Prompt tokens of sequences that drew their first token, which were found in the prefix cache."""
 
     @property
     def transit_s(self) -> float:
@@ -120,8 +120,6 @@ class ReplicaDriver:
         self._number_before = time.monotonic_ns() // 1000
         """Steps are numbered from here: higher than any of a driver before, whose KV pools this one may have."""
         self._gateways: dict[str, str] = {}
-        self._without_token: set[str] = set()
-        """Sequences that have not drawn a token here yet."""
         self._rates = ReplicaRates(len(replica.stages))
         self._n_losses = 0
         """Since a step was answered."""
@@ -141,6 +139,15 @@ class ReplicaDriver:
     def sequences(self) -> list[Sequence]:
         """Everything this replica holds, running first."""
         return self._batcher.sequences()
+
+    def held(self) -> Iterator[tuple[str, HeldSequence]]:
+        """Everything that is wanted here, with the gateway that waits for it."""
+        for sequence in self._batcher.sequences():
+            if (gateway := self._gateways.get(sequence.id)) is not None and not sequence.is_over:
+                yield (
+                    gateway,
+                    HeldSequence(sequence=sequence.id, attempt=sequence.attempt, n_output=sequence.n_output),
+                )
 
     def submit(self, gateway: str, message: Generate) -> None:
         """Take in a gateway's sequence, or tell it why not."""
@@ -162,20 +169,19 @@ class ReplicaDriver:
             self._fail(gateway, message.sequence, message.attempt, invalid.one_line(), retry=False)
         else:
             self._gateways[message.sequence] = gateway
-            self._without_token.add(message.sequence)
             self._work.set()
             self._send_soon()
 
     def cancel(self, message: GenerateCancel) -> None:
         """Free a sequence that nobody waits for."""
         if self._batcher.cancel(message.sequence, message.attempt):
-            self._forget(message.sequence)
+            self._gateways.pop(message.sequence, None)
 
     def gateway_lost(self, node: str) -> None:
         """Free everything that a dead gateway asked for."""
         for sequence_id in [key for key, gateway in self._gateways.items() if gateway == node]:
             self._batcher.cancel(sequence_id)
-            self._forget(sequence_id)
+            self._gateways.pop(sequence_id, None)
 
     def node_lost(self, node: str, reason: str) -> None:
         """A node went away: break if it holds a stage, and free what it asked for as a gateway."""
@@ -301,6 +307,8 @@ class ReplicaDriver:
             steps_in_flight=len(self._in_flight),
             tokens_per_s=self._rates.tokens_per_s(now_s),
             stage_busy=self._rates.stage_busy(now_s),
+            queue_room=max(0, self._batcher.limits.max_waiting - len(self._batcher.waiting)),
+            tokens_left=sum(one.max_tokens - one.n_output for one in self._batcher.sequences()),
             is_broken=self.broken is not None,
         )
 
@@ -428,6 +436,8 @@ class ReplicaDriver:
                 self._courier.send(gateway, message)
 
     def _hand_out(self, emissions: Iterable[Emission]) -> None:
+        """One message to each gateway: it is read, and its clients are served, once a step."""
+        answers: dict[str, list[SequenceTokens]] = {}
         for emission in emissions:
             sequence = emission.sequence
             gateway = self._gateways.get(sequence.id)
@@ -435,14 +445,17 @@ class ReplicaDriver:
                 continue
             if emission.finish_reason is not None:
                 del self._gateways[sequence.id]
-            generated = Generated(
+            tokens = SequenceTokens(
                 sequence=sequence.id,
                 attempt=sequence.attempt,
                 first=emission.first,
                 tokens=emission.tokens,
                 finish_reason=emission.finish_reason,
+                n_cached=sequence.n_cached,
             )
-            self._courier.send(gateway, generated)
+            answers.setdefault(gateway, []).append(tokens)
+        for gateway, drawn in answers.items():
+            self._courier.send(gateway, Generated(answers=drawn))
 
     def _account(
         self, step: StepInFlight[Epoch], result: StepResult, emissions: list[Emission], now_s: float
@@ -458,14 +471,11 @@ class ReplicaDriver:
             step.n_in_flight,
             queue_s=sum(result.queue_seconds),
         )
-        firsts = [one.sequence for one in emissions if one.sequence.id in self._without_token]
-        self._without_token.difference_update(sequence.id for sequence in firsts)
         trace = StepTrace(
             replica=self.replica.id,
             round_trip_s=round_trip_s,
             stage_seconds=result.stage_seconds,
             queue_seconds=result.queue_seconds,
-            n_prefix_hit_tokens=sum(sequence.n_cached for sequence in firsts),
         )
         self._on_step(trace)
 
@@ -507,14 +517,9 @@ class ReplicaDriver:
             )
 
     def _hand_back(self, sequence: Sequence, reason: str) -> None:
-        gateway = self._forget(sequence.id)
+        gateway = self._gateways.pop(sequence.id, None)
         if gateway is not None:
             self._fail(gateway, sequence.id, sequence.attempt, reason, retry=True)
-
-    def _forget(self, sequence_id: str) -> str | None:
-        """The gateway that waited for a sequence that is given up."""
-        self._without_token.discard(sequence_id)
-        return self._gateways.pop(sequence_id, None)
 
     def _fail(
         self, gateway: str, sequence_id: str, attempt: int, reason: str, *, retry: bool, busy: bool = False

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from typing import NoReturn
 
 from daemon.courier import Courier
 from daemon.dispatch import Dispatcher
 from daemon.mesh_state import MeshState
 from daemon.mesh_views import MeshViews
+from daemon.pipeline import ReplicaDriver
 from daemon.web.telemetry import Telemetry
 from hexmesh.serving.carry_over import carried_over
+from hexmesh.wire.data import HeldSequence, Holding
 
 REPORT_S = 1.0
 
@@ -58,6 +61,7 @@ class Reporter:
         while True:
             await asyncio.sleep(REPORT_S)
             self._tell_stats()
+            tell_holding(self._courier, self._state.epochs.drivers())
             self._set_metrics()
 
     def plan_committed(self, reason: str) -> None:
@@ -112,10 +116,20 @@ class Reporter:
         plan = self._state.plan_now()
         busy = {}
         for replica, index in plan.stages_of(self._state.node_id) if plan is not None else ():
-            stats = self._state.stats.get(replica.id)
-            if stats is not None and index < len(stats.stage_busy):
-                busy[(replica.id, index)] = stats.stage_busy[index]
+            heard = self._state.stats.get(replica.id)
+            if heard is not None and index < len(heard.stats.stage_busy):
+                busy[(replica.id, index)] = heard.stats.stage_busy[index]
         return busy
+
+
+def tell_holding(courier: Courier, drivers: Iterable[ReplicaDriver]) -> None:
+    """Tell each gateway which of its sequences are held here, behind all tokens that were sent to it."""
+    held: dict[str, list[HeldSequence]] = {}
+    for driver in drivers:
+        for gateway, sequence in driver.held():
+            held.setdefault(gateway, []).append(sequence)
+    for gateway, sequences in held.items():
+        courier.send(gateway, Holding(sequences=sequences))
 
 
 def label_of(reason: str) -> str:

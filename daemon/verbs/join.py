@@ -95,9 +95,12 @@ def run_daemon(
     """Run a node in the foreground until it leaves; the exit code. Raises HexmeshError for what was foreseen."""
     import uvloop
 
+    from daemon.descriptors import raise_descriptor_limit
     from daemon.terminal.logs import set_up_logging
 
     set_up_logging(options.log_format)
+
+    raise_descriptor_limit()
 
     def announce(up: UpLine) -> None:
         tell_up(up, options.ready_file)

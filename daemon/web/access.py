@@ -64,7 +64,8 @@ class HttpOptions:
     """How long a connection may take to send a request's head; also how long it is kept between requests."""
     body_s: float = 30.0
     """How long a request's body may take to arrive."""
-    max_connections: int = 512
+    max_connections: int = 2048
+    """Room for what replicas take and for those that are told to come back later."""
     shutdown_s: float = 3.0
     """How long closing waits for answers under way."""
 

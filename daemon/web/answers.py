@@ -1,30 +1,31 @@
 """A request's answers as text, piece by piece, while the mesh generates their tokens.
 
-`Answers` runs all sequences of a request side by side. Leaving it closes the service's generators, which
-cancels whatever still runs: a finished stop string, a failed sibling and a client that went away end there.
+`Answers` runs all sequences of a request side by side. Pieces are made and handed on in the call that brings the
+tokens: no task is switched for a token. Leaving the block stops whatever still runs: a finished stop string, a
+failed sibling and a client that went away end there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import msgspec
 
 from daemon.web.detokenizer import AnswerText, PlacedToken, StopScanner
-from daemon.web.http_errors import CANCELLED
 from daemon.web.service import GenerationPart, GenerationRequest, MeshService
 from daemon.web.telemetry import RequestMeter
 from daemon.web.text import TextCodec
-from hexmesh.errors import Closed, HexmeshError, TimedOut
+from hexmesh.errors import TimedOut
 from hexmesh.wire.data import FinishReason, SampledToken, SamplingParams, ScoredToken
 
-_QUEUED_PIECES = 64
+_SERVICE_GRACE_S = 10.0
+"""How long after a request's deadline the service may take to say so itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +88,7 @@ class Ask:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one token, or the end, added to answer `index`."""
 
     index: int
@@ -100,7 +100,7 @@ class Piece:
     n_tokens: int
     """Tokens of this answer so far."""
     finish_reason: FinishReason | None = None
-    scores: list[ScoredToken] = field(default_factory=list)
+    scores: list[ScoredToken] = []
     """Of the prompt's tokens after the first; all in the first piece."""
     stop_reason: str | int | None = None
     """The stop string or extra stop token that ended the answer; None for the model's own end."""
@@ -110,101 +110,137 @@ class Piece:
 class Usage:
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was found in the cache."""
 
     def as_json(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
 
 class Answers:
-    """All answers to one request, under way between entering and leaving."""
+    """All answers to one request, under way from `begin` until the block is left."""
 
     def __init__(
-        self, ask: Ask, sources: Sequence[AsyncGenerator[Piece, None]], *, deadline_s: float
+        self, ask: Ask, service: MeshService, codec: TextCodec, meter: RequestMeter, *, timeout_s: float
     ) -> None:
-        """`deadline_s` is on the monotonic clock."""
         self.ask = ask
-        self._sources = sources
-        self._deadline_s = deadline_s
-        self._queue: asyncio.Queue[Piece | HexmeshError] = asyncio.Queue(_QUEUED_PIECES)
-        self._pumps: list[asyncio.Task[None]] = []
-        self._group = asyncio.TaskGroup()
-        self._n_tokens = [0] * len(sources)
+        self._service = service
+        self._deadline_s = time.monotonic() + timeout_s + _SERVICE_GRACE_S
+        self._timeout_s = timeout_s
+        self._meter = meter
+        self._answers = [_Answer(self, index, codec, meter) for index in range(ask.n_answers)]
+        self._stops: list[Callable[[], None]] = []
+        self._take: Callable[[Piece], None] | None = None
+        self._news = asyncio.Event()
+        self._failure: Exception | None = None
         self._finish_reasons: list[FinishReason] = []
 
-    @property
     def usage(self) -> Usage:
         """Token counts up to now."""
-        return Usage(self.ask.n_prompt_tokens, sum(self._n_tokens))
+        return Usage(
+            self.ask.n_prompt_tokens, sum(answer.n_tokens for answer in self._answers), self._n_cached()
+        )
 
     @property
     def outcome(self) -> FinishReason:
         """How finished answers ended, taken together: "length" when one or more were cut off."""
         return "length" if "length" in self._finish_reasons else "stop"
 
-    async def __aenter__(self) -> Answers:
-        await self._group.__aenter__()
-        self._pumps = [self._group.create_task(self._pump(source)) for source in self._sources]
+    @property
+    def are_complete(self) -> bool:
+        return len(self._finish_reasons) == len(self._answers)
+
+    def __enter__(self) -> Answers:
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pump in self._pumps:
-            pump.cancel()
-        # The error is not handed on: the group would wrap what the body raised into an ExceptionGroup.
-        await self._group.__aexit__(None, None, None)
+        self._stop_all()
+        self._meter.cached(self._n_cached())
 
-    async def pieces(self, silence_s: float | None = None) -> AsyncGenerator[Piece | None, None]:
-        """Pieces of all answers in the order they come, to the end; None for every `silence_s` without one.
+    def begin(self, take: Callable[[Piece], None]) -> None:
+        """Have all answers generated; `take` gets each piece at once, and must not wait.
 
-        Raises what the service raised, TimedOut past the deadline, and Closed after a cancel.
+        Raises what the service raises when it cannot start them.
         """
-        n_open = len(self._sources)
-        while n_open:
-            item = await self._next(silence_s)
-            if isinstance(item, HexmeshError):
-                raise item
-            if item is not None:
-                self._n_tokens[item.index] = item.n_tokens
-                if item.finish_reason is not None:
-                    n_open -= 1
-                    self._finish_reasons.append(item.finish_reason)
-            yield item
+        self._take = take
+        for index, answer in enumerate(self._answers):
+            request = self.ask.request_of(index, timeout_s=self._timeout_s)
+            self._stops.append(self._service.generate(request, answer))
 
-    async def _next(self, silence_s: float | None) -> Piece | HexmeshError | None:
+    async def wait(self, limit_s: float | None = None) -> bool:
+        """True once all answers are complete; False at the first piece, and whenever `limit_s` went by.
+
+        Raises what the service failed with, TimedOut past the deadline, and Closed after a cancel.
+        """
         left_s = self._deadline_s - time.monotonic()
-        is_deadline = silence_s is None or left_s <= silence_s
-        try:
-            async with asyncio.timeout(left_s if is_deadline else silence_s):
-                return await self._queue.get()
-        except TimeoutError:
-            if is_deadline:
-                raise TimedOut("the request's deadline passed", code="deadline_exceeded") from None
-            return None
+        wait_s = left_s if limit_s is None else min(left_s, limit_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._news.wait()
+        if self._failure is not None:
+            raise self._failure
+        if self.are_complete:
+            return True
+        self._news.clear()
+        if time.monotonic() >= self._deadline_s:
+            raise TimedOut("the request's deadline passed", code="deadline_exceeded")
+        return False
 
-    async def _pump(self, source: AsyncGenerator[Piece, None]) -> None:
-        try:
-            async with aclosing(source):
-                async for piece in source:
-                    await self._queue.put(piece)
-        except HexmeshError as error:
-            await self._queue.put(error)
+    def take(self, piece: Piece) -> None:
+        """Hand a piece on."""
+        assert self._take is not None
+        is_first = piece.n_tokens <= 1
+        self._take(piece)
+        if piece.finish_reason is not None:
+            self._finish_reasons.append(piece.finish_reason)
+        if is_first or self.are_complete:
+            self._news.set()
+
+    def fail(self, error: Exception) -> None:
+        """One failed answer fails the request."""
+        self._failure = self._failure or error
+        self._stop_all()
+        self._news.set()
+
+    def stop(self, index: int) -> None:
+        """Have an answer generated no further."""
+        if index < len(self._stops):
+            self._stops[index]()
+
+    def _stop_all(self) -> None:
+        for index in range(len(self._answers)):
+            self.stop(index)
+
+    def _n_cached(self) -> int:
+        """A prompt's answers share its KV: what the least lucky of them found was there before."""
+        n = self.ask.n
+        known = [
+            [one.n_cached for one in self._answers[at : at + n]] for at in range(0, len(self._answers), n)
+        ]
+        return sum(min((found for found in one if found is not None), default=0) for one in known)
 
 
-class AnswerSource:
+class _Answer:
     """One answer: the service's tokens made text, ended by its tokens, its length or a stop string."""
 
-    def __init__(self, ask: Ask, index: int, codec: TextCodec, meter: RequestMeter) -> None:
+    def __init__(self, answers: Answers, index: int, codec: TextCodec, meter: RequestMeter) -> None:
+        ask = answers.ask
+        self._answers = answers
         self._ask = ask
         self._index = index
         self._meter = meter
-        self._n_tokens = 0
+        self.n_tokens = 0
+        self.n_cached: int | None = None
+        """None before the first token."""
         self._stop_reason: str | int | None = None
+        self._is_over = False
         self._prompt = ask.prompt_of(index)
         self._scores: list[ScoredToken] = []
         self._is_open = not ask.echo and not ask.scores_prompt(index)
@@ -213,56 +249,46 @@ class AnswerSource:
         self._text = AnswerText(
             codec.stream(before, skip_special_tokens=ask.skip_special_tokens),
             StopScanner(ask.stop, include=ask.include_stop),
+            places=ask.sampling.n_logprobs >= 0,
         )
 
-    async def pieces(self, service: MeshService, *, timeout_s: float) -> AsyncGenerator[Piece, None]:
-        """One piece a token and one for the end. Raises Closed when the service ends without a reason."""
-        async with aclosing(
-            service.generate(self._ask.request_of(self._index, timeout_s=timeout_s))
-        ) as parts:
-            async for part in parts:
-                if part.scores:
-                    self._scores += part.scores
-                    continue
-                if not self._is_open:
-                    self._is_open = True
-                    yield self._first_piece()
-                if self._ask.max_tokens == 0:
-                    yield self._last_piece("length")
-                    return
-                self._meter.add_tokens(self._index, len(part.tokens))
-                for token in part.tokens:
-                    yield self._piece(token, is_end=self._is_end(token, part))
-                    if self._text.matched_stop is not None:
-                        self._stop_reason = self._text.matched_stop
-                        yield self._last_piece("stop")
-                        return
-                if part.finish_reason is not None:
-                    yield self._last_piece(part.finish_reason)
-                    return
-        raise Closed("the request was cancelled", code=CANCELLED)
+    def take(self, part: GenerationPart) -> None:
+        """One piece a token and one for the end."""
+        if self._is_over:
+            return
+        try:
+            self._take(part)
+        except Exception as error:
+            # The edge between one request and all others: whoever awaits this request's answers gets to see it.
+            self._is_over = True
+            self._answers.fail(error)
 
-    def _is_end(self, token: SampledToken, part: GenerationPart) -> bool:
-        return (
-            part.finish_reason == "stop"
-            and token is part.tokens[-1]
-            and token.token_id in self._ask.stop_token_ids
-        )
+    def fail(self, error: Exception) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._answers.fail(error)
 
-    def _piece(self, token: SampledToken, *, is_end: bool) -> Piece:
-        self._n_tokens += 1
-        if is_end and token.token_id in self._ask.extra_stop_token_ids:
-            self._stop_reason = token.token_id
-        # The token that ends an answer is counted and not shown.
-        may_stop = self._n_tokens > self._ask.min_tokens
-        text = "" if is_end and not self._ask.include_stop else self._text.push(token, may_stop=may_stop)
-        return Piece(
-            index=self._index,
-            text=text,
-            token_id=token.token_id,
-            placed=self._text.take_placed(is_last=False),
-            n_tokens=self._n_tokens,
-        )
+    def _take(self, part: GenerationPart) -> None:
+        if part.scores:
+            self._scores += part.scores
+            return
+        if self.n_cached is None:
+            self.n_cached = min(part.n_cached, len(self._prompt))
+        if not self._is_open:
+            self._is_open = True
+            self._answers.take(self._first_piece())
+        if self._ask.max_tokens == 0:
+            self._end("length")
+            return
+        self._meter.add_tokens(self._index, len(part.tokens))
+        for token in part.tokens:
+            self._answers.take(self._piece(token, is_end=self._is_end(token, part)))
+            if self._text.matched_stop is not None:
+                self._stop_reason = self._text.matched_stop
+                self._end("stop")
+                return
+        if part.finish_reason is not None:
+            self._end(part.finish_reason)
 
     def _first_piece(self) -> Piece:
         return Piece(
@@ -286,13 +312,39 @@ class AnswerSource:
         )
         return [first, *scored]
 
-    def _last_piece(self, finish_reason: FinishReason) -> Piece:
+    def _end(self, finish_reason: FinishReason) -> None:
+        self._is_over = True
+        self._answers.stop(self._index)
+        self._answers.take(
+            Piece(
+                index=self._index,
+                text=self._text.finish(),
+                token_id=None,
+                placed=self._text.take_placed(is_last=True),
+                n_tokens=self.n_tokens,
+                finish_reason=finish_reason,
+                stop_reason=self._stop_reason,
+            )
+        )
+
+    def _is_end(self, token: SampledToken, part: GenerationPart) -> bool:
+        return (
+            part.finish_reason == "stop"
+            and token is part.tokens[-1]
+            and token.token_id in self._ask.stop_token_ids
+        )
+
+    def _piece(self, token: SampledToken, *, is_end: bool) -> Piece:
+        self.n_tokens += 1
+        if is_end and token.token_id in self._ask.extra_stop_token_ids:
+            self._stop_reason = token.token_id
+        # The token that ends an answer is counted and not shown.
+        may_stop = self.n_tokens > self._ask.min_tokens
+        text = "" if is_end and not self._ask.include_stop else self._text.push(token, may_stop=may_stop)
         return Piece(
             index=self._index,
-            text=self._text.finish(),
-            token_id=None,
-            placed=self._text.take_placed(is_last=True),
-            n_tokens=self._n_tokens,
-            finish_reason=finish_reason,
-            stop_reason=self._stop_reason,
+            text=text,
+            token_id=token.token_id,
+            placed=self._text.take_placed(is_last=False),
+            n_tokens=self.n_tokens,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from daemon.web.access import HttpOptions
-from daemon.web.answers import Answers, AnswerSource, Ask
+from daemon.web.answers import Answers, Ask
 from daemon.web.http_errors import HttpFailure, invalid, status_of
 from daemon.web.openai_models import MAX_ANSWERS, SamplingBody
 from daemon.web.service import MeshService, ServedModel
@@ -23,8 +22,6 @@ from hexmesh.wire.data import SamplingParams
 
 _QUICK_CHARACTERS = 4096
 """Texts up to this length are tokenized in place; longer ones in a thread, so that the loop stays free."""
-_SERVICE_GRACE_S = 10.0
-"""How long after a request's deadline the service may take to say so itself."""
 _SMALLEST_TOP_P = 1e-6
 """OpenAI takes top_p 0 and means the likeliest token alone, which any tiny value gives."""
 
@@ -203,19 +200,13 @@ class Completer:
                 next_step="use a fresh X-Request-Id, or none",
             )
         codec = await self.codec()
-        timeout_s = self.options.timeout_s
         meter = self.telemetry.request(
             arrived_s=ask.arrived_s, n_prompt_tokens=ask.n_prompt_tokens, n_answers=ask.n_answers
         )
-        sources = [
-            AnswerSource(ask, index, codec, meter).pieces(self.service, timeout_s=timeout_s)
-            for index in range(ask.n_answers)
-        ]
         outcome: Outcome = "failed"
         self._under_way.add(ask.request_id)
         try:
-            deadline_s = time.monotonic() + timeout_s + _SERVICE_GRACE_S
-            async with Answers(ask, sources, deadline_s=deadline_s) as answers:
+            with Answers(ask, self.service, codec, meter, timeout_s=self.options.timeout_s) as answers:
                 yield answers
             outcome = answers.outcome
         except HexmeshError as error:

@@ -27,15 +27,43 @@ class TextStream(Protocol):
     def finish(self) -> str: ...
 
 
+class TokenTexts(dict[int, str | bytes]):
+    """What each token stands for: its text where it is whole characters, else its bytes. Filled as tokens come."""
+
+    def __init__(self, bytes_of: Callable[[int], bytes | None]) -> None:
+        """`bytes_of` gives None for an id that the vocabulary does not have: such are not kept."""
+        self._bytes_of = bytes_of
+
+    def __missing__(self, token_id: int) -> str | bytes:
+        found = self._bytes_of(token_id)
+        if found is None:
+            return ""
+        try:
+            text: str | bytes = found.decode()
+        except UnicodeDecodeError:
+            text = found
+        self[token_id] = text
+        return text
+
+
 class ByteStream:
     """For byte-level tokenizers: every token is bytes, and UTF-8 says where characters end. O(1) a token."""
 
-    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
-        self._bytes_of = bytes_of
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_inside = False
+        """Whether the last token may have ended inside a character."""
 
     def push(self, token_id: int) -> str:
-        return self._decoder.decode(self._bytes_of(token_id))
+        text = self._texts[token_id]
+        if isinstance(text, str):
+            if not self._is_inside:
+                return text
+            text = text.encode()
+        shown = self._decoder.decode(text)
+        self._is_inside = self._decoder.getstate() != (b"", 0)
+        return shown
 
     def finish(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -95,6 +123,8 @@ class StopScanner:
         Text that may not match yet ends no stop string, though one may begin in it.
         """
         assert self.matched is None, "push after a match"
+        if not self._stop:
+            return text
         self._held += text
         if not may_match:
             self._n_exempt = len(self._held)
@@ -135,9 +165,11 @@ class PlacedToken:
 class AnswerText:
     """The text of one answer while it grows."""
 
-    def __init__(self, stream: TextStream, scanner: StopScanner) -> None:
+    def __init__(self, stream: TextStream, scanner: StopScanner, *, places: bool = True) -> None:
+        """`places`: whether `take_placed` shall have something to give."""
         self._stream = stream
         self._scanner = scanner
+        self._places = places
         self._n_decoded = 0
         self._n_shown = 0
         self._placed: list[PlacedToken] = []
@@ -151,7 +183,8 @@ class AnswerText:
         """The prompt's text, as the answer's beginning; stop strings are not looked for in it."""
         text = ""
         for token in prompt:
-            self._placed.append(PlacedToken(token, self._n_decoded + len(text)))
+            if self._places:
+                self._placed.append(PlacedToken(token, self._n_decoded + len(text)))
             text += self._stream.push(token.token_id)
         self._n_decoded += len(text)
         self._n_shown += len(text)
@@ -159,7 +192,8 @@ class AnswerText:
 
     def push(self, token: SampledToken, *, may_stop: bool = True) -> str:
         """Text that is settled now that `token` came; may be empty."""
-        self._placed.append(PlacedToken(token, self._n_decoded))
+        if self._places:
+            self._placed.append(PlacedToken(token, self._n_decoded))
         return self._show(self._stream.push(token.token_id), may_stop=may_stop)
 
     def finish(self) -> str:
@@ -175,6 +209,8 @@ class AnswerText:
 
     def take_placed(self, *, is_last: bool) -> list[PlacedToken]:
         """Tokens whose text has begun to show, each once; those past a stop string's cut never come."""
+        if not self._placed:
+            return []
         keep_all = is_last and self._scanner.matched is None
         n_ready = sum(keep_all or placed.text_offset < self._n_shown for placed in self._placed)
         ready, self._placed = self._placed[:n_ready], self._placed[n_ready:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -70,7 +71,7 @@ class LineFormat:
             "usage": usage.as_json(),
         }
 
-    def piece(self, piece: Piece, usage: Usage) -> bytes:
+    def piece(self, piece: Piece, usage: Callable[[], Usage]) -> bytes:
         if piece.finish_reason is not None:
             self._finish_reason = piece.finish_reason
         if piece.token_id is None and not piece.text:

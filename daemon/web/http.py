@@ -98,7 +98,9 @@ class HttpSurface:
         """Raises NotReady when the port is taken and InvalidInput when the address is not this machine's."""
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, self._options.host, self._options.port).start()
+            await web.TCPSite(
+                self._runner, self._options.host, self._options.port, backlog=self._options.max_connections
+            ).start()
         except OSError as error:
             await self._runner.cleanup()
             raise _bind_failure(error, self._options) from error

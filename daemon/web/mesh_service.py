@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
@@ -27,8 +26,7 @@ from daemon.views import (
     TokenView,
     TopologyView,
 )
-from daemon.web.service import GenerationPart, GenerationRequest, ServedModel
-from hexmesh.errors import NotReady
+from daemon.web.service import GenerationRequest, ServedModel, TokenSink
 from hexmesh.wire.orders import NodeStanding, OrderAction
 
 
@@ -74,12 +72,10 @@ class NodeService:
     def readiness(self) -> Readiness:
         return self._state.readiness()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart, None]:
+    def generate(self, request: GenerationRequest, sink: TokenSink) -> Callable[[], None]:
         if self._state.is_leaving:
-            raise blocker_error(self._state.readiness())
-        async with aclosing(self._gateway.generate(request)) as parts:
-            async for part in parts:
-                yield part
+            raise self._state.refusal()
+        return self._gateway.generate(request, sink)
 
     def cancel(self, request_id: str) -> bool:
         return self._gateway.cancel(request_id)
@@ -125,17 +121,3 @@ class NodeService:
 
     async def leave(self, *, forget: bool) -> None:
         self._ask_to_leave(forget)
-
-
-def blocker_error(readiness: Readiness) -> NotReady:
-    """Why a request cannot be routed now, as an error."""
-    blocker = readiness.blocker
-    if blocker is None:
-        return NotReady("no replica can take the request now", code="no_route", next_step="try again shortly")
-    return NotReady(
-        blocker.message,
-        code=blocker.code,
-        next_step=blocker.next_step,
-        needed_bytes=blocker.needed_bytes,
-        room_bytes=blocker.room_bytes,
-    )

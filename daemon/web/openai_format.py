@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ from hexmesh.errors import HexmeshError
 from hexmesh.wire.data import ScoredToken
 
 _DONE = b"data: [DONE]\n\n"
+_GAP = "\0"
+"""Where the text goes in a chunk made beforehand. No other field can hold this alone."""
+_encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,20 +86,37 @@ class _Events:
 
     def __init__(self, frame: Frame) -> None:
         self._frame = frame
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+        """What stands before and after the text in a chunk of each answer that has nothing but text to tell."""
+        self._is_plain = not (frame.has_logprobs or frame.has_running_usage)
 
     def end(self, usage: Usage) -> bytes:
         if not self._frame.has_usage:
             return _DONE
         return _event({**self._frame.envelope(self._kind, []), "usage": usage.as_json()}) + _DONE
 
+    def _text_choice(self, index: int, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _plain_chunk(self, index: int, text: str) -> bytes:
+        """The chunk of a token like most: all but its text stays the same."""
+        around = self._around.get(index)
+        if around is None:
+            chunk = self._frame.envelope(self._kind, [self._text_choice(index, _GAP)])
+            if self._frame.has_usage:
+                chunk["usage"] = None
+            before, _, after = _event(chunk).rpartition(_encode(_GAP))
+            around = self._around[index] = (before, after)
+        return around[0] + _encode(text) + around[1]
+
     def failure(self, error: HexmeshError) -> bytes:
         """The SDKs raise on an event with `error`; they stop reading at [DONE]."""
         return _event(error_object(error)) + _DONE
 
-    def _chunk(self, choice: dict[str, Any], usage: Usage) -> bytes:
+    def _chunk(self, choice: dict[str, Any], usage: Callable[[], Usage]) -> bytes:
         chunk = self._frame.envelope(self._kind, [choice])
         if self._frame.has_usage:
-            chunk["usage"] = usage.as_json() if self._frame.has_running_usage else None
+            chunk["usage"] = usage().as_json() if self._frame.has_running_usage else None
         return _event(chunk)
 
 
@@ -123,8 +144,13 @@ class ChatFormat(_Events):
         envelope = self._frame.envelope("chat.completion", choices)
         return envelope | self._frame.prompt_fields(answers, 0) | {"usage": usage.as_json()}
 
-    def piece(self, piece: Piece, usage: Usage) -> bytes:
+    def _text_choice(self, index: int, text: str) -> dict[str, Any]:
+        return {"index": index, "delta": {"content": text}, "logprobs": None, "finish_reason": None}
+
+    def piece(self, piece: Piece, usage: Callable[[], Usage]) -> bytes:
         """The role goes out with the first text, as clients take the first chunk for a token."""
+        if self._is_plain and piece.finish_reason is None and piece.index in self._begun:
+            return self._plain_chunk(piece.index, piece.text) if piece.text else b""
         chunks = b""
         is_mute_end = piece.finish_reason is not None and piece.index not in self._begun
         if piece.text or (piece.placed and self._frame.has_logprobs) or is_mute_end:
@@ -193,7 +219,12 @@ class CompletionFormat(_Events):
         ]
         return {**self._frame.envelope(self._kind, choices), "usage": usage.as_json()}
 
-    def piece(self, piece: Piece, usage: Usage) -> bytes:
+    def _text_choice(self, index: int, text: str) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+
+    def piece(self, piece: Piece, usage: Callable[[], Usage]) -> bytes:
+        if self._is_plain and piece.finish_reason is None:
+            return self._plain_chunk(piece.index, piece.text) if piece.text else b""
         chunks = b""
         if piece.text or (piece.placed and self._frame.has_logprobs):
             chunks += self._chunk(
@@ -242,4 +273,4 @@ class CompletionFormat(_Events):
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+    return b"data: " + _encode(value) + b"\n\n"

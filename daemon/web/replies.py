@@ -1,11 +1,10 @@
-"""Answers onto the wire: a loop for streams and one for whole replies; a `ReplyFormat` says how they look."""
+"""Answers onto the wire, as streams and as whole replies; a `ReplyFormat` says how they look."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from daemon.web.access import REQUEST_ID, HttpOptions
 from daemon.web.answers import Answers, Piece, Usage
 from daemon.web.detokenizer import PlacedToken
 from daemon.web.http_errors import internal_error
+from daemon.web.stream_writer import StreamWriter
 from hexmesh.errors import HexmeshError
 from hexmesh.wire.data import FinishReason, ScoredToken
 
@@ -54,7 +54,7 @@ class ReplyFormat(Protocol):
 
     def whole(self, answers: list[WholeAnswer], usage: Usage) -> dict[str, Any]: ...
 
-    def piece(self, piece: Piece, usage: Usage) -> bytes:
+    def piece(self, piece: Piece, usage: Callable[[], Usage]) -> bytes:
         """May be empty while there is nothing to show."""
         ...
 
@@ -71,11 +71,10 @@ async def reply_whole(
     """All answers in one JSON object, once they are complete."""
     async with opening as answers:
         wholes = [WholeAnswer(index) for index in range(answers.ask.n_answers)]
-        async with aclosing(answers.pieces()) as pieces:
-            async for piece in pieces:
-                if piece is not None:
-                    wholes[piece.index].add(piece)
-        return web.json_response(reply_format.whole(wholes, answers.usage))
+        answers.begin(lambda piece: wholes[piece.index].add(piece))
+        while not await answers.wait():
+            pass
+        return web.json_response(reply_format.whole(wholes, answers.usage()))
 
 
 async def reply_stream(
@@ -85,15 +84,18 @@ async def reply_stream(
     options: HttpOptions,
 ) -> web.StreamResponse:
     """Pieces as they come. A failure is raised while nothing was sent, and ends the stream later."""
-    wire = _Wire(request, reply_format.stream_type, options.write_timeout_s)
+    wire = StreamWriter(request, reply_format.stream_type, options)
     try:
-        async with opening as answers, aclosing(answers.pieces(options.keep_alive_s)) as pieces:
-            await _send_pieces(wire, pieces, answers, reply_format)
+        async with opening as answers:
+            answers.begin(lambda piece: wire.send(reply_format.piece(piece, answers.usage)))
+            while not await answers.wait(wire.rest_s):
+                await wire.look(reply_format.keep_alive)
+            wire.send(reply_format.end(answers.usage()))
     except HexmeshError as error:
         if not wire.is_open:
             raise
         log.info("stream broke request=%s reason=%s", request[REQUEST_ID], error.one_line())
-        await wire.send(reply_format.failure(error))
+        wire.send(reply_format.failure(error))
     except ConnectionError:
         raise
     except Exception:
@@ -101,51 +103,5 @@ async def reply_stream(
         if not wire.is_open:
             raise
         log.exception("stream broke request=%s", request[REQUEST_ID])
-        await wire.send(reply_format.failure(internal_error()))
+        wire.send(reply_format.failure(internal_error()))
     return await wire.close()
-
-
-async def _send_pieces(
-    wire: _Wire, pieces: AsyncGenerator[Piece | None, None], answers: Answers, reply_format: ReplyFormat
-) -> None:
-    async for piece in pieces:
-        if piece is None:
-            await wire.send(reply_format.keep_alive)
-        else:
-            await wire.send(reply_format.piece(piece, answers.usage))
-    await wire.send(reply_format.end(answers.usage))
-
-
-class _Wire:
-    """A response that is opened by its first byte, so that early failures keep their status code."""
-
-    def __init__(self, request: web.Request, content_type: str, write_timeout_s: float) -> None:
-        self._request = request
-        self._write_timeout_s = write_timeout_s
-        self._response = web.StreamResponse(
-            headers={"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        )
-
-    @property
-    def is_open(self) -> bool:
-        return self._response.prepared
-
-    async def send(self, data: bytes) -> None:
-        """Raises ConnectionError when the client is gone or has stopped reading."""
-        if not data:
-            return
-        try:
-            async with asyncio.timeout(self._write_timeout_s):
-                if not self.is_open:
-                    await self._response.prepare(self._request)
-                await self._response.write(data)
-        except TimeoutError:
-            if self._request.transport is not None:
-                self._request.transport.abort()
-            raise ConnectionAbortedError("the client stopped reading") from None
-
-    async def close(self) -> web.StreamResponse:
-        if not self.is_open:
-            await self._response.prepare(self._request)
-        await self._response.write_eof()
-        return self._response

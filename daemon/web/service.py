@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import msgspec
 from prometheus_client import CollectorRegistry
 
 from daemon.views import (
@@ -43,14 +44,26 @@ class GenerationRequest:
     """Lower comes first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationPart:
+class GenerationPart(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """New tokens, or scores of the prompt, which come before any token; the last part carries the finish reason."""
 
     tokens: list[SampledToken]
     finish_reason: FinishReason | None
-    scores: list[ScoredToken] = field(default_factory=list)
+    n_cached: int = 0
+    """Prompt tokens whose KV was found in the cache, told with the first tokens."""
+    scores: list[ScoredToken] = []
     """Of the prompt's tokens after the first, in order."""
+
+
+class TokenSink(Protocol):
+    """Takes what one sequence brings, at once: whoever calls has many others to serve.
+
+    A part with a finish reason is the last call, and so is `fail`. Neither may raise.
+    """
+
+    def take(self, part: GenerationPart) -> None: ...
+
+    def fail(self, error: Exception) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +96,11 @@ class MeshService(Protocol):
 
     def readiness(self) -> Readiness: ...
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart, None]:
-        """Parts as they come. Raises NotReady, Busy, Lost or TimedOut; closing it cancels the sequence.
+    def generate(self, request: GenerationRequest, sink: TokenSink) -> Callable[[], None]:
+        """Start a sequence; what is returned ends it early, and does nothing after its end.
 
-        A token of `stop_token_ids` that ends the sequence is the last token of the last part. After `cancel`
-        the generator ends without a finish reason or raises Closed.
+        Raises NotReady or Busy when it cannot start; fails later with those, Lost or TimedOut, and with Closed
+        after `cancel`. A token of `stop_token_ids` that ends the sequence is the last token of the last part.
         """
         ...
 

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from daemon.views import KvBlocksView, LinkView, MemberView
+from daemon.web.tallies import CounterTally, HistogramTally
 from hexmesh import metrics
 from hexmesh.metrics import MetricSpec, Outcome
+
+T = TypeVar("T", bound=Collector)
 
 # Prometheus takes a series' start from its scrapes; the _created twins only double what is sent.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -34,16 +38,16 @@ class Telemetry:
         self.coordinator_term = self._gauge(metrics.COORDINATOR_TERM)
         self._requests = self._counter(metrics.REQUESTS)
         self._first_token = self._histogram(metrics.TIME_TO_FIRST_TOKEN)
-        self._inter_token = self._histogram(metrics.INTER_TOKEN_LATENCY)
+        self._inter_token = self._kept(HistogramTally(metrics.INTER_TOKEN_LATENCY))
         self._latency = self._histogram(metrics.REQUEST_LATENCY)
         self._prompt_tokens = self._counter(metrics.PROMPT_TOKENS)
-        self._generation_tokens = self._counter(metrics.GENERATION_TOKENS)
+        self._generation_tokens = self._kept(CounterTally(metrics.GENERATION_TOKENS))
+        self._cached_tokens = self._counter(metrics.PREFIX_CACHE_HIT_TOKENS)
         self._kv_blocks = self._gauge(metrics.KV_BLOCKS)
         self._stage_step = self._histogram(metrics.STAGE_STEP)
         self._step_round_trip = self._histogram(metrics.STEP_ROUND_TRIP)
         self._step_transit = self._histogram(metrics.STEP_TRANSIT)
         self._steps_in_flight = self._gauge(metrics.STEPS_IN_FLIGHT)
-        self._prefix_hits = self._counter(metrics.PREFIX_CACHE_HIT_TOKENS)
         self._stage_busy = self._gauge(metrics.STAGE_BUSY)
         self._link_rtt = self._gauge(metrics.LINK_RTT)
         self._link_rate = self._gauge(metrics.LINK_RATE)
@@ -87,10 +91,6 @@ class Telemetry:
         for stage, seconds in enumerate(stage_seconds):
             self._stage_step.labels(replica, str(stage)).observe(seconds)
 
-    def count_prefix_hits(self, n_tokens: int) -> None:
-        """Prompt tokens of sequences that began just now, which did not have to be computed."""
-        self._prefix_hits.inc(n_tokens)
-
     def set_steps_in_flight(self, n_steps: Mapping[str, int]) -> None:
         """Of every replica that this node drives; others are forgotten."""
         self._steps_in_flight.clear()
@@ -133,10 +133,13 @@ class Telemetry:
 
     def record_tokens(self, n_tokens: int, *, seconds_each: float | None) -> None:
         """New tokens of one answer; `seconds_each` is None for its first ones."""
-        self._generation_tokens.inc(n_tokens)
+        self._generation_tokens.n += n_tokens
         if seconds_each is not None:
-            for _ in range(n_tokens):
-                self._inter_token.observe(seconds_each)
+            self._inter_token.observe(seconds_each, n_tokens)
+
+    def record_cached(self, n_tokens: int) -> None:
+        """Prompt tokens of one request whose KV was found in the cache."""
+        self._cached_tokens.inc(n_tokens)
 
     def record_latency(self, seconds: float) -> None:
         self._latency.observe(seconds)
@@ -155,6 +158,11 @@ class Telemetry:
             self._kv_blocks.labels(kv_state)
         for member_state in metrics.MEMBER_STATES:
             self._members.labels(member_state)
+
+    def _kept(self, tally: T) -> T:
+        self.registry.register(tally)
+        self._collectors.append(tally)
+        return tally
 
     def _counter(self, spec: MetricSpec) -> Counter:
         assert spec.kind == "counter", spec.name
@@ -200,6 +208,10 @@ class RequestMeter:
             n_tokens, seconds_each=None if last_s is None else (now_s - last_s) / n_tokens
         )
         self._last_s[answer] = now_s
+
+    def cached(self, n_tokens: int) -> None:
+        """The request is over; so many of its prompt tokens were found in the cache."""
+        self._telemetry.record_cached(n_tokens)
 
     def end(self, outcome: Outcome) -> None:
         self._telemetry.count_request(outcome)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from daemon.web.chat_template import ChatTemplate
-from daemon.web.detokenizer import ByteStream, TextStream, WindowStream, byte_alphabet
+from daemon.web.detokenizer import ByteStream, TextStream, TokenTexts, WindowStream, byte_alphabet
 from hexmesh.errors import InvalidInput
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -23,7 +24,7 @@ _CONTEXT_TOKENS = 6
 
 
 class TextCodec:
-    """One model's tokenizer and chat template. Immutable once loaded, so threads may share it."""
+    """One model's tokenizer and chat template. Immutable once loaded, but for what it keeps of tokens."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
         # A tokenizer.json may carry the truncation and padding of its training run; serving wants neither.
@@ -35,6 +36,10 @@ class TextCodec:
         self._added = {token_id: str(token.content) for token_id, token in added.items()}
         self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._is_byte_level = type(tokenizer.decoder).__name__ == "ByteLevel"
+        self._texts = {
+            skips: TokenTexts(partial(self._stream_bytes, skip_special_tokens=skips))
+            for skips in (True, False)
+        }
 
     @classmethod
     def load(cls, folder: str | Path) -> TextCodec:
@@ -81,7 +86,7 @@ class TextCodec:
     def stream(self, prompt: Sequence[int], *, skip_special_tokens: bool) -> TextStream:
         """A decoder for the tokens that follow `prompt`, one at a time."""
         if self._is_byte_level:
-            return ByteStream(lambda token_id: self._stream_bytes(token_id, skip_special_tokens))
+            return ByteStream(self._texts[skip_special_tokens])
         return WindowStream(
             lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens), prompt[-_CONTEXT_TOKENS:]
         )
@@ -108,11 +113,11 @@ class TextCodec:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def _stream_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
+    def _stream_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes | None:
         if skip_special_tokens and token_id in self._special_ids:
             return b""
         token = self._tokenizer.id_to_token(token_id)
-        return b"" if token is None else _byte_level_bytes(token)
+        return None if token is None else _byte_level_bytes(token)
 
 
 def _byte_level_bytes(token: str) -> bytes:

@@ -30,6 +30,9 @@ MAX_LOGPROBS = 20
 MAX_PAST_BYTES = 512 * 1024
 """Of one list of a row's past. What tokens of one context come to is far below it."""
 
+MAX_HELD = 16384
+"""Sequences of one gateway in one node's drivers: many times what their queues take."""
+
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -210,14 +213,22 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What is left of the request's time; nobody waits for it after that."""
 
 
-class Generated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Driver to gateway: output tokens from index `first` on; the last message carries finish_reason."""
+class SequenceTokens(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """One sequence's output tokens from index `first` on; the last ones carry finish_reason."""
 
     sequence: str
     attempt: int
     first: _Count
     tokens: list[SampledToken]
     finish_reason: FinishReason | None = None
+    n_cached: _Count = 0
+    """Prompt tokens of this attempt whose KV was found in the cache."""
+
+
+class Generated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Driver to gateway: all that one step drew for sequences of that gateway."""
+
+    answers: Annotated[list[SequenceTokens], msgspec.Meta(max_length=MAX_STEP_ROWS)]
 
 
 class PromptScored(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -247,6 +258,20 @@ class GenerateCancel(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     attempt: int
 
 
+class HeldSequence(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A sequence that a driver holds, and how many output tokens it has sent of it or was given as emitted."""
+
+    sequence: str
+    attempt: int
+    n_output: _Count
+
+
+class Holding(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Driver's node to gateway, about once a second, behind all tokens sent before: all that it holds of it."""
+
+    sequences: Annotated[list[HeldSequence], msgspec.Meta(max_length=MAX_HELD)]
+
+
 class ReplicaIdle(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Driver to every host of a plan that drains: nothing will run in this replica of that epoch any more."""
 
@@ -269,6 +294,10 @@ class ReplicaStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     steps_in_flight: _Count = 0
     tokens_per_s: Annotated[float, msgspec.Meta(ge=0.0)]
     stage_busy: list[_Share]
+    queue_room: _Count = 0
+    """Requests that its queue takes yet."""
+    tokens_left: _Count = 0
+    """Output tokens that all it holds may yet take, at most."""
     is_broken: bool = False
     """It runs nothing any more: requests go to other replicas, or wait for another plan."""
 
@@ -282,6 +311,7 @@ DATA_MESSAGE = (
     | PromptScored
     | GenerateFailed
     | GenerateCancel
+    | Holding
     | ReplicaIdle
     | ReplicaStats
 )

@@ -30,10 +30,13 @@ from hexmesh.wire.data import (
     GenerateCancel,
     Generated,
     GenerateFailed,
+    HeldSequence,
+    Holding,
     ReplicaStats,
     Row,
     SampledToken,
     SamplingParams,
+    SequenceTokens,
     Step,
     StepRefused,
     StepResult,
@@ -191,11 +194,14 @@ class Evil:
             yield msgspec.structs.replace(stats, replica=f"r{self._rng.random()}"), b""
         for sequence in self._spied.sequences:
             for attempt in (1, 2):
-                yield Generated(sequence=sequence, attempt=attempt, first=0, tokens=wrong * 500), b""
-                yield (
-                    Generated(sequence=sequence, attempt=attempt, first=0, tokens=[], finish_reason="stop"),
-                    b"",
+                many = SequenceTokens(sequence=sequence, attempt=attempt, first=0, tokens=wrong * 500)
+                end = SequenceTokens(
+                    sequence=sequence, attempt=attempt, first=0, tokens=[], finish_reason="stop"
                 )
+                yield Generated(answers=[many, end]), b""
+                held = HeldSequence(sequence=sequence, attempt=attempt, n_output=10**6)
+                yield Holding(sequences=[held] * 1000), b""
+                yield Holding(sequences=[]), b""
                 yield (
                     GenerateFailed(sequence=sequence, attempt=attempt, reason="I say so", retry=False),
                     b"",

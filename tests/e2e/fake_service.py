@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -31,10 +31,10 @@ from daemon.views import (
 )
 from daemon.web.access import HttpOptions
 from daemon.web.http import HttpSurface
-from daemon.web.service import GenerationPart, GenerationRequest, ServedModel
+from daemon.web.service import GenerationPart, GenerationRequest, ServedModel, TokenSink
 from daemon.web.telemetry import Telemetry
 from daemon.web.text import TextCodec
-from hexmesh.errors import HexmeshError, NoRoom
+from hexmesh.errors import Closed, HexmeshError, NoRoom
 from hexmesh.wire.data import SampledToken, ScoredToken
 from hexmesh.wire.orders import NodeStanding, OrderAction
 
@@ -58,6 +58,8 @@ class FakeService:
     replies: tuple[str, ...] = (REPLY,)
     tokens_a_part: int = 1
     max_model_tokens: int = 256
+    n_cached: int = 0
+    """Prompt tokens that the first choice is said to have found in the cache; later ones find all."""
     blocker: Blocker | None = None
     refusal: HexmeshError | None = None
     """Raised instead of a first token."""
@@ -73,6 +75,7 @@ class FakeService:
     """Sequences that wait at `hang_after`."""
     calls: list[tuple[str, object]] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _cancels: dict[str, asyncio.Event] = field(default_factory=dict)
 
     @property
@@ -111,7 +114,25 @@ class FakeService:
         ends = EOS in request.stop_token_ids
         return [*reply, EOS] if ends else [*reply, EOS] * request.max_tokens
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart, None]:
+    def generate(self, request: GenerationRequest, sink: TokenSink) -> Callable[[], None]:
+        task = asyncio.ensure_future(self._feed(request, sink))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return lambda: task.cancel() and None
+
+    async def _feed(self, request: GenerationRequest, sink: TokenSink) -> None:
+        parts = self._parts(request)
+        while True:
+            try:
+                part = await anext(parts, None)
+            except Exception as error:
+                sink.fail(error)
+                return
+            if part is None:
+                return
+            sink.take(part)  # which may not raise
+
+    async def _parts(self, request: GenerationRequest) -> AsyncIterator[GenerationPart]:
         self.asked.append(request)
         self._changed.set()
         cancelled = self._cancels.setdefault(request.request_id, asyncio.Event())
@@ -128,7 +149,7 @@ class FakeService:
             for start in range(0, n_tokens, self.tokens_a_part):
                 await self._stumble(start, cancelled)
                 if cancelled.is_set():
-                    return
+                    raise Closed("cancelled by request", code="cancelled")
                 drawn = tokens[start : min(start + self.tokens_a_part, n_tokens)]
                 named = [i for i, token in enumerate(drawn) if token in request.stop_token_ids]
                 drawn = drawn[: named[0] + 1] if named else drawn
@@ -136,6 +157,7 @@ class FakeService:
                 yield GenerationPart(
                     tokens=[sampled(token, request.sampling.n_logprobs) for token in drawn],
                     finish_reason="stop" if named else "length" if is_last else None,
+                    n_cached=self.n_cached if request.sampling.choice == 0 else len(request.prompt),
                 )
                 if named:
                     return

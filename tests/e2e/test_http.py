@@ -295,6 +295,21 @@ async def test_chat_stream_to_the_byte(service: FakeService, session: ClientSess
     assert raw == "".join(f"data: {line}\n\n" for line in expected)
 
 
+async def test_an_old_client_gets_its_stream_unframed(service: FakeService) -> None:
+    body = json.dumps({**PROMPT, "stream": True}).encode()
+    async with serving(service) as (surface, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", surface.port)
+        writer.write(
+            b"POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b"
+            % (len(body), body)
+        )
+        async with asyncio.timeout(5):
+            head, _, raw = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+    assert b"chunked" not in head.lower()
+    assert "".join(event["choices"][0]["text"] for event in events(raw)) == REPLY
+
+
 async def test_usage_runs_along_when_asked(service: FakeService, session: ClientSession) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     body = {**PROMPT, "stream": True, "stream_options": options}
@@ -439,9 +454,15 @@ async def test_cancel_by_id(service: FakeService, session: ClientSession, stream
     assert outcomes(service) == {"cancelled": 1.0}
 
 
-async def test_a_client_that_stops_reading_is_given_up(service: FakeService) -> None:
+@pytest.mark.parametrize(
+    ("allowed_bytes", "allowed_s"), [(2**20, 60.0), (2**40, 0.2)], ids=["too-much-unread", "nothing-read"]
+)
+async def test_a_client_that_stops_reading_is_given_up(
+    service: FakeService, allowed_bytes: int, allowed_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("daemon.web.stream_writer.MAX_UNREAD_BYTES", allowed_bytes)
     service.max_model_tokens = 10**6
-    async with serving(service, write_timeout_s=0.2) as (surface, _):
+    async with serving(service, write_timeout_s=allowed_s) as (surface, _):
         narrow = socket.socket()
         narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         narrow.connect(("127.0.0.1", surface.port))
@@ -456,6 +477,36 @@ async def test_a_client_that_stops_reading_is_given_up(service: FakeService) -> 
         writer.close()
         del reader
     assert outcomes(service) == {"cancelled": 1.0}
+
+
+async def test_a_bug_in_one_requests_text_ends_that_request_alone(
+    service: FakeService, session: ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> str:
+        raise KeyError("secret detail")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("daemon.web.answers.AnswerText.push", fail)
+        status, answer, _ = await post(session, "/v1/completions", {**PROMPT, "n": 2})
+    assert (status, answer["error"]["code"]) == (500, "internal_error")
+    await service.until(lambda: len(service.ended) == 2)
+    assert outcomes(service) == {"failed": 1.0}
+    assert (await post(session, "/v1/completions", PROMPT))[0] == 200
+
+
+async def test_cached_prompt_tokens_are_told_and_counted(
+    service: FakeService, session: ClientSession
+) -> None:
+    service.n_cached = 1
+    prompt = service.codec.encode("hi there")
+    body = {"prompt": [prompt, prompt[:2]], "n": 2, "max_tokens": 3}
+    _, answer, _ = await post(session, "/v1/completions", body)
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+    _, answer, _ = await post(session, "/v1/chat/completions", CHAT)
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
+    _, raw = await post_raw(session, "/generate", {"prompt": prompt, "stream": True})
+    assert json.loads(raw.splitlines()[-1])["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
+    assert service.registry.get_sample_value("hexmesh_prefix_cache_hit_tokens_total") == 4
 
 
 async def test_one_request_id_runs_once_at_a_time(service: FakeService, session: ClientSession) -> None:

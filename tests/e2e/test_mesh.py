@@ -16,6 +16,7 @@ import pytest
 from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
 
 from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
+from hexmesh.serving.batcher import BatchLimits
 from tests.e2e.asking import Stream, expected, expected_logprobs, penalised, prompt_logprobs, token_ids
 
 FLAGS = ("--device", "cpu", "--threads", "1")
@@ -309,7 +310,9 @@ async def test_a_full_queue_says_when_to_come_back_and_empties_when_clients_leav
             async with session.post(f"{mesh.daemons[at % 3].url}/generate", json=body) as response:
                 return response.status
 
-        asked = [asyncio.create_task(ask(at)) for at in range(560)]
+        limits = BatchLimits()
+        n_too_many = limits.max_running + limits.max_waiting + 20
+        asked = [asyncio.create_task(ask(at)) for at in range(n_too_many)]
         done, waiting = await asyncio.wait(asked, timeout=60, return_when=asyncio.FIRST_COMPLETED)
         assert {task.result() for task in done} == {429}
         async with session.post(f"{mesh.daemons[0].url}/generate", json=body) as response:

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import random
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,23 +21,27 @@ import msgspec
 
 from daemon.compute.workers import StepCallback
 from daemon.epochs import Epochs
-from daemon.gateway import Gateway, Route
+from daemon.flight import Route
+from daemon.gateway import Gateway
+from daemon.mesh_state import sent_by
 from daemon.models.node_weights import NodeWeights
 from daemon.pipeline import ReplicaDriver
+from daemon.reporting import tell_holding
 from daemon.stages import ModelFiles, StageHost
-from daemon.web.service import GenerationRequest
+from daemon.web.service import GenerationPart, GenerationRequest
 from hexmesh.errors import Closed, Lost, NotReady
 from hexmesh.membership.outputs import Accepted, Admission, Refused
 from hexmesh.plan import Plan, Replica, Stage, encode_plan
 from hexmesh.serving.batcher import BatchLimits
 from hexmesh.serving.carry_over import carried_over
-from hexmesh.serving.router import choose_replica
+from hexmesh.serving.router import choose_replica, load_of
 from hexmesh.wire.control import Ballot, Cert, Epoch
 from hexmesh.wire.data import (
     Generate,
     GenerateCancel,
     Generated,
     GenerateFailed,
+    Holding,
     PromptScored,
     ReplicaIdle,
     ReplicaStats,
@@ -191,8 +195,7 @@ class FakeNode:
     def __post_init__(self) -> None:
         self.gateway = Gateway(
             courier=self,
-            route=self.route,
-            blocker=lambda: NotReady("no plan"),
+            router=lambda: self,
             on_recovered=self.mesh.note_recovery,
             is_heard=self.is_heard,
         )
@@ -235,15 +238,17 @@ class FakeNode:
     def send(self, to: str, message: msgspec.Struct, payload: Any = b"", *, channel: str = "data") -> bool:
         return self.mesh.deliver(self, to, self.lie(message), payload)
 
-    def route(self, avoid: Set[tuple[Epoch, str]]) -> Route | None:
+    def route(self, n_tokens: int, avoid: Set[tuple[Epoch, str]], *, may_wait: bool) -> Route | None:
         held = self.epochs.committed
         if held is None:
             return None
         gone = {node.id for node in self.mesh.nodes.values() if node.is_cut}
-        routes = [flight.route for flight in self.gateway.flights() if flight.route is not None]
+        sent = sent_by(self.gateway, held.epoch, {})
         replica = choose_replica(
             held.plan,
-            n_requests=Counter(route.replica for route in routes if route.epoch == held.epoch),
+            loads={name: load_of(None, 0.0, BLOCK_TOKENS, one) for name, one in sent.items()},
+            n_tokens=n_tokens,
+            may_wait=may_wait,
             lost_nodes=gone,
             avoid={replica for epoch, replica in avoid | self.broken if epoch == held.epoch},
             here=self.id,
@@ -253,6 +258,13 @@ class FakeNode:
             return None
         nodes = frozenset(stage.node for stage in replica.stages)
         return Route(held.epoch, replica.id, replica.driver, nodes)
+
+    def refusal(self) -> NotReady:
+        return self.mesh.refusal
+
+    def tell_holding(self) -> None:
+        """As each daemon does about once a second."""
+        tell_holding(self, self.epochs.drivers())
 
     def admit(self, step: Step) -> Admission:
         if step.cert is not None:
@@ -280,8 +292,14 @@ class FakeNode:
                 self.stages.on_step(message, payload)
             case StepResult() | StepRefused() | GenerateCancel() | Generate():
                 self._to_driver(src, message)
-            case Generated() | PromptScored() | GenerateFailed():
-                self.gateway.on_message(src, message)
+            case Generated():
+                self.gateway.on_tokens(src, message)
+            case PromptScored():
+                self.gateway.on_scores(src, message)
+            case GenerateFailed():
+                self.gateway.on_failed(src, message)
+            case Holding():
+                self.gateway.on_holding(src, message)
             case ReplicaIdle():
                 self.epochs.on_idle(message)
             case ReplicaStats():
@@ -324,6 +342,7 @@ class FakeMesh:
         self.group = group
         self.n_recovered = 0
         self.rng = random.Random(0)
+        self.refusal: NotReady = NotReady("no plan")
         self.broken: list[str] = []
         self.is_broken = asyncio.Event()
         self.lose: Any = lambda message: False
@@ -406,13 +425,38 @@ class FakeMesh:
             sampling=SamplingParams(),
             timeout_s=timeout_s,
         )
-        parts = self.nodes[at].gateway.generate(request)
+        sink = QueueSink()
+        stop = self.nodes[at].gateway.generate(request, sink)
         try:
-            async for part in parts:
+            while (part := await sink.next()) is not None:
                 for token in part.tokens:
                     yield token.token_id
         finally:
-            await cast(Any, parts).aclose()
+            stop()
+
+
+class QueueSink:
+    """One sequence's parts, for a test to wait for."""
+
+    def __init__(self) -> None:
+        self._parts: asyncio.Queue[GenerationPart | Exception] = asyncio.Queue()
+        self._is_over = False
+
+    def take(self, part: GenerationPart) -> None:
+        self._parts.put_nowait(part)
+
+    def fail(self, error: Exception) -> None:
+        self._parts.put_nowait(error)
+
+    async def next(self) -> GenerationPart | None:
+        """The next part; None after the last one. Raises what the sequence failed with."""
+        if self._is_over:
+            return None
+        part = await self._parts.get()
+        if isinstance(part, Exception):
+            raise part
+        self._is_over = part.finish_reason is not None
+        return part
 
 
 def even_plan(cuts: list[str], kv_blocks: int, hosts: Iterable[str]) -> Plan:

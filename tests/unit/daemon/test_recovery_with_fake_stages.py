@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from daemon.gateway import Flight
+from daemon.flight import Flight
 from daemon.web.service import GenerationPart, GenerationRequest
 from hexmesh.errors import InvalidInput, NotReady, TimedOut
 from hexmesh.wire.data import (
@@ -19,10 +19,11 @@ from hexmesh.wire.data import (
     SampledToken,
     SamplingParams,
     ScoredToken,
+    SequenceTokens,
     Step,
     StepResult,
 )
-from tests.unit.daemon.fake_mesh import VOCABULARY, FakeMesh, FakeWorker, answer_to, fake_mesh
+from tests.unit.daemon.fake_mesh import VOCABULARY, FakeMesh, FakeWorker, QueueSink, answer_to, fake_mesh
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -123,12 +124,13 @@ async def test_a_prompts_scores_come_once_and_whole_though_a_node_dies_amid_them
         )
         killed = None
         mesh.lose = note
-        async with aclosing(mesh.nodes["b"].gateway.generate(request)) as stream:
-            async for part in stream:
-                parts.append(part)
-                if len(parts) == 2:
-                    mesh.kill(victim)
-                    killed = asyncio.ensure_future(mesh.commit(left))
+        sink = QueueSink()
+        mesh.nodes["b"].gateway.generate(request, sink)
+        while (part := await sink.next()) is not None:
+            parts.append(part)
+            if len(parts) == 2:
+                mesh.kill(victim)
+                killed = asyncio.ensure_future(mesh.commit(left))
         assert killed is not None
         await killed
         assert mesh.n_recovered == 1
@@ -155,14 +157,15 @@ async def test_scores_that_come_twice_reach_the_client_once() -> None:
             timeout_s=20.0,
             n_prompt_logprobs=0,
         )
-        async with aclosing(gateway.generate(request)) as stream:
-            async for part in stream:
-                scores += part.scores
-                for flight in gateway.flights():
-                    again = PromptScored(
-                        sequence=flight.key, attempt=flight.attempt, first=0, scores=scores.copy()
-                    )
-                    gateway.on_message("a", again)
+        sink = QueueSink()
+        gateway.generate(request, sink)
+        while (part := await sink.next()) is not None:
+            scores += part.scores
+            for flight in gateway.flights():
+                again = PromptScored(
+                    sequence=flight.key, attempt=flight.attempt, first=0, scores=scores.copy()
+                )
+                gateway.on_scores("a", again)
     assert [one.token_id for one in scores] == prompt[1:]
 
 
@@ -294,7 +297,9 @@ async def test_lost_tokens_are_noticed_and_made_up_for() -> None:
     async with fake_mesh("ab") as mesh:
         await mesh.commit("ab")
         mesh.lose = lambda message: (
-            isinstance(message, Generated) and message.first == 4 and message.attempt == 1
+            isinstance(message, Generated)
+            and message.answers[0].first == 4
+            and message.answers[0].attempt == 1
         )
         assert await mesh.ask("b", PROMPT, 12) == answer_to(PROMPT, 12)
 
@@ -386,7 +391,7 @@ async def test_a_replay_does_not_draw_again_what_the_client_has() -> None:
         assert mesh.nodes["a"].driver().steps_run <= 22
 
 
-async def answer_with_forgery(forge: Callable[[Flight], Generated], src: str = "a") -> list[int]:
+async def answer_with_forgery(forge: Callable[[Flight], SequenceTokens], src: str = "a") -> list[int]:
     """An answer of 20 tokens; after the fifth its gateway gets a message that no driver sent just then."""
     async with fake_mesh("ab") as mesh:
         await mesh.commit("ab")
@@ -397,30 +402,32 @@ async def answer_with_forgery(forge: Callable[[Flight], Generated], src: str = "
                 got.append(token)
                 if len(got) == 5:
                     (flight,) = gateway.flights()
-                    gateway.on_message(src, forge(flight))
+                    gateway.on_tokens(src, Generated(answers=[forge(flight)]))
     return got
 
 
 async def test_tokens_that_come_twice_reach_the_client_once() -> None:
-    def all_again(flight: Flight) -> Generated:
+    def all_again(flight: Flight) -> SequenceTokens:
         again = [SampledToken(token_id=token_id) for token_id in flight.emitted]
-        return Generated(sequence=flight.key, attempt=flight.attempt, first=0, tokens=again)
+        return SequenceTokens(sequence=flight.key, attempt=flight.attempt, first=0, tokens=again)
 
     assert await answer_with_forgery(all_again) == answer_to(PROMPT, 20)
 
 
 async def test_tokens_of_a_node_that_does_not_drive_the_sequence_are_dropped() -> None:
-    def a_wrong_one(flight: Flight) -> Generated:
+    def a_wrong_one(flight: Flight) -> SequenceTokens:
         wrong = [SampledToken(token_id=1)]
-        return Generated(sequence=flight.key, attempt=flight.attempt, first=len(flight.emitted), tokens=wrong)
+        return SequenceTokens(
+            sequence=flight.key, attempt=flight.attempt, first=len(flight.emitted), tokens=wrong
+        )
 
     assert await answer_with_forgery(a_wrong_one, src="c") == answer_to(PROMPT, 20)
 
 
 async def test_tokens_of_an_older_attempt_are_dropped() -> None:
-    def a_wrong_one(flight: Flight) -> Generated:
+    def a_wrong_one(flight: Flight) -> SequenceTokens:
         wrong = [SampledToken(token_id=1)]
-        return Generated(
+        return SequenceTokens(
             sequence=flight.key, attempt=flight.attempt - 1, first=len(flight.emitted), tokens=wrong
         )
 

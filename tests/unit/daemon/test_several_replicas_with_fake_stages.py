@@ -98,7 +98,9 @@ async def test_what_fails_on_a_replica_that_is_not_broken_is_tried_on_another() 
     async with fake_mesh("abcde") as mesh:
         await mesh.commit("ab cd")
         mesh.lose = lambda message: (
-            isinstance(message, Generated) and message.first == 4 and message.attempt == 1
+            isinstance(message, Generated)
+            and message.answers[0].first == 4
+            and message.answers[0].attempt == 1
         )
         assert await mesh.ask("a", PROMPT, 12) == answer_to(PROMPT, 12)
         assert mesh.n_recovered == 1

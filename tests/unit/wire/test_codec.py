@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hexmesh.errors import InvalidInput
 from hexmesh.wire import codec
 from hexmesh.wire.control import LEAST_BALLOT, Epoch
-from hexmesh.wire.data import Generate, Generated, Row, SampledToken, SamplingParams, Step
+from hexmesh.wire.data import Generate, Generated, Row, SampledToken, SamplingParams, SequenceTokens, Step
 from hexmesh.wire.frames import FrameDecoder
 from hexmesh.wire.peering import JoinRequest, PeerHello
 from hexmesh.wire.worker import DropStage, RunStep
@@ -28,7 +28,11 @@ STEP = Step(
     driver="n",
     rows=[Row(start=0, n_tokens=3, blocks=[1, 2], sample=SAMPLING), Row(start=9, n_tokens=1, blocks=[])],
 )
-GENERATED = Generated(sequence="s", attempt=1, first=2, tokens=[SampledToken(token_id=5, logprob=-0.5)])
+GENERATED = Generated(
+    answers=[
+        SequenceTokens(sequence="s", attempt=1, first=2, tokens=[SampledToken(token_id=5, logprob=-0.5)])
+    ]
+)
 
 sampled = st.builds(
     SampledToken,
@@ -36,14 +40,15 @@ sampled = st.builds(
     logprob=st.none() | st.floats(allow_nan=False),
     top=st.lists(st.tuples(st.integers(0, 2**31), st.floats(allow_nan=False)), max_size=3),
 )
-generated = st.builds(
-    Generated,
+sequence_tokens = st.builds(
+    SequenceTokens,
     sequence=st.text(max_size=30),
     attempt=st.integers(0, 2**62),
     first=st.integers(0, 2**31),
     tokens=st.lists(sampled, max_size=4),
     finish_reason=st.sampled_from([None, "stop", "length"]),
 )
+generated = st.builds(Generated, answers=st.lists(sequence_tokens, max_size=3))
 words = st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=40)
 hello = st.builds(
     PeerHello,
@@ -111,8 +116,8 @@ def test_a_damaged_message_is_read_or_refused(data: st.DataObject) -> None:
             PeerHello(protocol_version=1, hexmesh_version="", node_id="", boot=1, name="", clock_unix_s=0)
         ),
         b"\x82\xa4type\xa9Generated\xa3new" + b"\x91" * 100_000,
-        b"\x82\xa4type\xa9Generated\xa8sequence\xa1\xff",
-        b"\x82\xa4type\xa9Generated\xa6tokens\xdd\xff\xff\xff\xff",
+        b"\x82\xa4type\xa9Generated\xa7answers\x91\x94\xa1\xff",
+        b"\x82\xa4type\xa9Generated\xa7answers\xdd\xff\xff\xff\xff",
         codec.encode(GENERATED) + b"\0",
     ],
     ids=["empty", "tag", "tag-type", "other-union", "deep", "utf8", "long-list", "trailing"],
@@ -123,9 +128,9 @@ def test_each_kind_of_nonsense(bad: bytes) -> None:
 
 
 def test_a_wrong_type_is_named() -> None:
-    fields = msgspec.to_builtins(GENERATED) | {"attempt": "one"}
+    fields = msgspec.to_builtins(STEP) | {"step": "one"}
 
-    with pytest.raises(InvalidInput, match=r"Expected `int`, got `str` - at `\$.attempt`"):
+    with pytest.raises(InvalidInput, match=r"Expected `int`, got `str` - at `\$.step`"):
         codec.MEMBER.decode(msgspec.msgpack.encode(fields))
 
 
