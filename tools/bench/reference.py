@@ -1,7 +1,7 @@
 """One process that runs transformers `generate` on request: what hexmesh is compared with, in the same run.
 
 Run as `python -m tools.bench.reference MODEL_DIR THREADS DTYPE`; reads one JSON request a line and answers in one:
-{"prompt", "max_tokens"} with the times of its tokens in seconds since the request;
+{"prompts", "max_tokens"} with the times of a static batch's tokens in seconds since the request;
 {"batch", "context_tokens", "steps"} with the mean time of a step of a static batch, as {"cpu_s", "wall_s"};
 {"prefill_tokens"} with the time of a prompt's first token, likewise.
 """
@@ -26,7 +26,11 @@ class Reference(AskedProcess):
 
     def token_times_s(self, prompt: list[int], max_tokens: int) -> list[float]:
         """When each new token came, in seconds since the request."""
-        times: list[float] = self.ask({"prompt": prompt, "max_tokens": max_tokens})
+        return self.batch_times_s([prompt], max_tokens)
+
+    def batch_times_s(self, prompts: list[list[int]], max_tokens: int) -> list[float]:
+        """The same for a static batch of equally long prompts: when each step's tokens came, all rows at once."""
+        times: list[float] = self.ask({"prompts": prompts, "max_tokens": max_tokens})
         return times
 
 
@@ -80,8 +84,8 @@ def serve(model_dir: str, threads: int, dtype: str) -> None:
         return caches[batch]
 
     def answer(request: dict[str, Any]) -> Any:
-        if "prompt" in request:
-            watch = watched(torch.tensor([request["prompt"]]), request["max_tokens"])
+        if "prompts" in request:
+            watch = watched(torch.tensor(request["prompts"]), request["max_tokens"])
             return [at_s - watch.started_s for at_s in watch.wall_s]
         if "prefill_tokens" in request:
             watch = watched(random_tokens(1, request["prefill_tokens"]), 1)
