@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
 from tools.bench.models import make_m125, random_prompt
-from tools.bench.processes import cpu_seconds, measure_idle, memory, metric
+from tools.bench.processes import cpu_seconds, measure_idle, memory, metric, metrics_of
 from tools.bench.reference import Reference
 from tools.bench.report import Report, bench_arguments, print_report, progress
 
@@ -161,8 +161,9 @@ def generate(daemon: LocalDaemon, prompt: list[int], max_tokens: int) -> Timed:
 
 def compute_share(mesh: LocalMesh) -> float:
     """Share of the steps' round trips that stages spent computing, from the daemons' own metrics."""
-    compute_s = metric(mesh.daemons, "hexmesh_stage_step_seconds_sum")
-    steps_s = metric(mesh.daemons, "hexmesh_step_round_trip_seconds_sum")
+    lines = metrics_of(mesh.daemons)
+    compute_s = metric(lines, "hexmesh_stage_step_seconds_sum")
+    steps_s = metric(lines, "hexmesh_step_round_trip_seconds_sum")
     return compute_s / steps_s if steps_s else 0.0
 
 

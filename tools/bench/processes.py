@@ -36,14 +36,14 @@ def cpu_times_s(process: psutil.Process) -> tuple[float, float]:
     return times.user, times.system
 
 
-def metric(daemons: Sequence[LocalDaemon], name: str, label: str = "") -> float:
-    """Sum of a metric's series over daemons; of those alone that have `label`, such as `stage="0"`."""
-    return sum(
-        float(line.rpartition(" ")[2])
-        for daemon in daemons
-        for line in daemon.client.get("/metrics").decode().splitlines()
-        if line.startswith(name) and label in line
-    )
+def metrics_of(daemons: Sequence[LocalDaemon]) -> list[str]:
+    """The lines of all their metrics."""
+    return [line for daemon in daemons for line in daemon.client.get("/metrics").decode().splitlines()]
+
+
+def metric(lines: Sequence[str], name: str, label: str = "") -> float:
+    """Sum of a metric's series; of those alone that have `label`, such as `stage="0"`."""
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name) and label in line)
 
 
 def _by_role(
