@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tools.bench.models import make_m125
 from tools.bench.pipeline_far import far_apart
 from tools.bench.pipeline_hop import hop_by_hop
+from tools.bench.pipeline_load import under_load
 from tools.bench.pipeline_mesh import Bench, ask, decode_rate, note_idle, pipeline_of
 from tools.bench.reference import Reference
 from tools.bench.report import Report, bench_arguments, print_report, progress
@@ -98,6 +99,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "node": beside_one_node,
     "hop": hop_by_hop,
     "far": far_apart,
+    "load": under_load,
 }
 
 

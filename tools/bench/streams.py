@@ -23,6 +23,8 @@ from urllib.parse import urlsplit
 
 RUN_TIMEOUT_S = 300.0
 _CONNECT_TIMEOUT_S = 10.0
+_LOOK_S = 0.05
+"""How often `until` is asked at least."""
 _RECEIVE_BYTES = 256 * 1024
 _LINE_MARK = b'"token_id":'
 """In each line of `/generate` that brings a token, with null where it brings text alone."""
@@ -97,19 +99,24 @@ class Crowd:
         return stream
 
     def run(self, until: Callable[[], bool] = lambda: False, timeout_s: float = RUN_TIMEOUT_S) -> None:
-        """Read until every answer is over, or `until` says so, which is asked after every few pieces.
+        """Read until every answer is over, or `until` says so, which is asked 20 times a second or more.
 
         Raises SystemExit where that takes longer than `timeout_s`.
         """
         deadline_s = time.monotonic() + timeout_s
         while self._selector.get_map() and not until():
-            ready = self._selector.select(timeout=1.0)
+            ready = self._selector.select(timeout=_LOOK_S)
             if time.monotonic() > deadline_s:
                 raise SystemExit(
                     f"{len(self._selector.get_map())} streams did not end within {timeout_s:.0f} s"
                 )
             for key, _ in ready:
                 self._read(key)
+
+    def abandon(self) -> None:
+        """Hang up on every stream that is not over: the daemon cancels it."""
+        for key in list(self._selector.get_map().values()):
+            self._hang_up(key)
 
     def _read(self, key: selectors.SelectorKey) -> None:
         connection, stream = key.fileobj, key.data
@@ -120,8 +127,12 @@ class Crowd:
             data = b""
         stream.take(data, time.monotonic())
         if stream.is_over:
-            self._selector.unregister(connection)
-            connection.close()
+            self._hang_up(key)
+
+    def _hang_up(self, key: selectors.SelectorKey) -> None:
+        assert isinstance(key.fileobj, socket.socket)
+        self._selector.unregister(key.fileobj)
+        key.fileobj.close()
 
 
 def dial(url: str) -> socket.socket:
