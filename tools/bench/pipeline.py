@@ -2,7 +2,7 @@
 
 Beside `generate`, beside one node with the same threads, hop by hop, with a far way between its stages, and when
 long prompts come between short ones. m125 in float32, greedy, fresh prompts every time. Everything that is compared
-is up in the same run and asked in turn, round after round; of ratios the median counts. One light client.
+is up in the same run and asked in turn, round after round. One light client.
 Run: `python tools/bench/pipeline.py [--only generate,node] [--quick] [--json]`; the part `far` needs a lab.
 """
 

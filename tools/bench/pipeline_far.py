@@ -15,7 +15,7 @@ from functools import partial
 
 from tools.bench.best_schedule import Pipeline, StepTimes, best_schedule
 from tools.bench.pipeline_hop import Parts, differences
-from tools.bench.pipeline_mesh import Bench, driver_of, note_plan, stages_of
+from tools.bench.pipeline_mesh import Bench, driver_of, make_balanced, note_plan, stages_of
 from tools.bench.pipeline_window import Window, watch
 from tools.bench.report import progress
 from tools.bench.stage_process import StageProcess
@@ -66,9 +66,12 @@ def far_mesh(bench: Bench) -> Iterator[tuple[Lab, LabMesh]]:
         LabMesh(bench.folder / "far-mesh") as mesh,
     ):
         flags = bench.flags(2, 1)
-        founder = mesh.found_on(lab.hosts["near-1"], *flags, "--model", str(bench.model_dir))
-        mesh.await_up(mesh.start_on(lab.hosts["far-1"], *flags, token=founder.fresh_token()))
-        mesh.await_ready(plan_reaches=2)
+
+        def found() -> None:
+            founder = mesh.found_on(lab.hosts["near-1"], *flags, "--model", str(bench.model_dir))
+            mesh.await_up(mesh.start_on(lab.hosts["far-1"], *flags, token=founder.fresh_token()))
+
+        make_balanced(mesh, found, 2)
         note_plan(bench, mesh, "far apart")
         ask_far(bench, lab, mesh, 2)
         yield lab, mesh

@@ -106,8 +106,11 @@ def report_parts(
         report.add(f"  compute of stage {index} of 2, alone", [times[index] for times in alone], "ms")
         report.add(f"  compute of stage {index} of 2, in turn", [times[index] for times in in_turn], "ms")
     added = differences(two.typical, one.typical)
-    report.add("added stage, end to end", statistics.median(added), "ms a token", at_most=ADDED_STAGE_MS)
-    report.add("  all rounds", added, "ms a token")
+    best = min(two.typical) - min(one.typical)
+    report.add("added stage, best rounds", best, "ms a token", at_most=ADDED_STAGE_MS)
+    report.add(
+        "added stage, median of rounds", statistics.median(added), "ms a token", at_most=ADDED_STAGE_MS
+    )
     report.add("  of it more compute", differences(two.compute, one.compute), "ms")
     report.add("  of it more way: the hop", differences(two.ways, one.ways), "ms")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +13,16 @@ from typing import Any
 from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
 from tools.bench.models import random_prompt
 from tools.bench.processes import measure_idle
-from tools.bench.report import Report
+from tools.bench.report import Report, progress
 from tools.bench.streams import Stream, ask_at_once, dial
 
 WHOLE_MIB, SHARE_MIB = 1500, {2: 530, 3: 400}
 """A node's budget with which it holds the 499 MB of weights alone, and with which so many nodes are needed."""
+HEAD_LAYERS = 3.9
+"""The head's weights in layers."""
+MOST_WORK = 0.64
+"""Of the work of two like nodes, for one."""
+TRIES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +40,10 @@ class Bench:
         return [random_prompt(n_tokens, seed=next(self.seeds)) for _ in range(n_prompts)]
 
     def add_ratio(self, name: str, ours: list[float], others: list[float], *, at_least: float) -> None:
-        """The median of the ratios round by round, which a disturbed round does not move."""
+        """Of the best rounds, as other load only ever takes away; beside it the median of all rounds."""
         ratios = [our / other for our, other in zip(ours, others, strict=True)]
-        self.report.add(name, statistics.median(ratios), "x", at_least=at_least)
-        self.report.add(f"{name}: all rounds", ratios, "x")
+        self.report.add(f"{name}: best rounds", max(ours) / max(others), "x", at_least=at_least)
+        self.report.add(f"{name}: median of rounds", statistics.median(ratios), "x", at_least=at_least)
 
     def flags(self, n_nodes: int, threads: int) -> list[str]:
         """Of each node of a mesh whose plan is one pipeline over all of them."""
@@ -52,13 +57,40 @@ def pipeline_of(bench: Bench, n_nodes: int, threads: int) -> Iterator[LocalMesh]
     """A mesh on loopback whose plan is one pipeline over all its nodes, ready and warm."""
     flags = bench.flags(n_nodes, threads)
     with LocalMesh(bench.folder / f"mesh-{n_nodes}-{threads}") as mesh:
-        mesh.found("node-1", *flags, "--model", str(bench.model_dir))
-        for index in range(2, n_nodes + 1):
-            mesh.join(f"node-{index}", *flags)
-        mesh.await_ready(plan_reaches=n_nodes)
+
+        def found() -> None:
+            mesh.found("node-1", *flags, "--model", str(bench.model_dir))
+            for index in range(2, n_nodes + 1):
+                mesh.join(f"node-{index}", *flags)
+
+        make_balanced(mesh, found, n_nodes)
         ask(mesh, bench.prompts(2, 32), 8)
         note_plan(bench, mesh, f"{n_nodes} x {threads} threads")
         yield mesh
+
+
+def make_balanced(mesh: LocalMesh, found: Callable[[], None], n_stages: int) -> None:
+    """Found the mesh, again where its devices were measured while something else ran and came out very unlike.
+
+    Raises SystemExit after some tries.
+    """
+    for _ in range(TRIES):
+        found()
+        mesh.await_ready(plan_reaches=n_stages)
+        if most_work(mesh) <= MOST_WORK or n_stages == 1:
+            return
+        progress("  the devices were measured unlike: once more")
+        mesh.stop()
+        mesh.daemons.clear()
+    raise SystemExit("the plans were lopsided: this machine is too busy for this bench")
+
+
+def most_work(mesh: LocalMesh) -> float:
+    """The largest stage's share of the work, layers and head."""
+    spans = [stage["layers"] for stage in stages_of(mesh)]
+    work = [stop - start for start, stop in spans]
+    work[-1] += HEAD_LAYERS
+    return float(max(work) / sum(work))
 
 
 def driver_of(mesh: LocalMesh) -> LocalDaemon:
