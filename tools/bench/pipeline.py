@@ -8,6 +8,7 @@ Run: `python tools/bench/pipeline.py [--only generate,node] [--quick] [--json]`;
 
 from __future__ import annotations
 
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -38,6 +39,7 @@ def main() -> int:
     arguments = parser.parse_args()
     report = Report(name="pipeline", method="random Llama m125 in float32, loopback, greedy, fresh prompts")
     wanted = arguments.only.split(",")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended before it was done"))  # and leave nothing behind
     if "far" in wanted:
         become_able()
     report.not_run += [part for part in PARTS if part not in wanted]
@@ -49,10 +51,12 @@ def main() -> int:
             n_rounds=2 if arguments.quick else arguments.rounds,
             seeds=count(),
         )
-        for part in wanted:
-            progress(part)
-            PARTS[part](bench)
-    print_report(report, "json" if arguments.json else "text")
+        try:
+            for part in wanted:
+                progress(part)
+                PARTS[part](bench)
+        finally:
+            print_report(report, "json" if arguments.json else "text")
     return 0
 
 

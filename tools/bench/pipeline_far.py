@@ -15,7 +15,7 @@ from functools import partial
 
 from tools.bench.best_schedule import Pipeline, StepTimes, best_schedule
 from tools.bench.pipeline_hop import Parts, differences
-from tools.bench.pipeline_mesh import Bench, driver_of, make_balanced, note_plan, stages_of
+from tools.bench.pipeline_mesh import STOP_S, Bench, driver_of, make_balanced, note_plan, stages_of
 from tools.bench.pipeline_window import Window, watch
 from tools.bench.report import progress
 from tools.bench.stage_process import StageProcess
@@ -63,7 +63,7 @@ def far_mesh(bench: Bench) -> Iterator[tuple[Lab, LabMesh]]:
     sites = {"near": ("near-1",), "far": ("far-1",)}
     with (
         Lab(Topology(sites=sites, links=both_ways({("near", "far"): LINK}))) as lab,
-        LabMesh(bench.folder / "far-mesh") as mesh,
+        LabMesh(bench.folder / "far-mesh", stop_timeout_s=STOP_S) as mesh,
     ):
         flags = bench.flags(2, 1)
 

@@ -23,6 +23,8 @@ HEAD_LAYERS = 3.9
 MOST_WORK = 0.64
 """Of the work of two like nodes, for one."""
 TRIES = 5
+STOP_S = 5.0
+"""For a clean leave: a bench that is told to end must not take long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Bench:
 def pipeline_of(bench: Bench, n_nodes: int, threads: int) -> Iterator[LocalMesh]:
     """A mesh on loopback whose plan is one pipeline over all its nodes, ready and warm."""
     flags = bench.flags(n_nodes, threads)
-    with LocalMesh(bench.folder / f"mesh-{n_nodes}-{threads}") as mesh:
+    with LocalMesh(bench.folder / f"mesh-{n_nodes}-{threads}", stop_timeout_s=STOP_S) as mesh:
 
         def found() -> None:
             mesh.found("node-1", *flags, "--model", str(bench.model_dir))
