@@ -126,6 +126,7 @@ def report_many(bench: Bench, windows: list[Window], times: dict[str, list[StepT
     report.add(name, rates, "tokens/s")
     report.add(f"  rows of a step, {name}", [window.rows for window in windows], "")
     report.add(f"  round trip, {name}", [1e3 * window.trip_s for window in windows], "ms")
+    report.add(f"  of it on the ways, {name}", [1e3 * window.transit_s for window in windows], "ms")
     for index in range(2):
         report.add(f"  busy, stage {index}, {name}", [window.busy[index] for window in windows], "")
         report.add(

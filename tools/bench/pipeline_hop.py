@@ -1,8 +1,12 @@
 """What one more stage costs a single stream, and where a token's time goes.
 
 A step's parts come from the driver's own metrics, read twice in the middle of every answer. The rest is differences:
-the way is a step's round trip without the stages' compute, the daemon's share is a token's time without the round
-trip. A stage's compute is also timed in a process of its own, in turn with the other stage's and alone.
+the daemon's share is a token's time without the step's round trip. A stage's compute is also timed in a process of
+its own, in turn with the other stage's and alone.
+
+A hop is from one worker's output to the next one's start: over a socket to its daemon, over TLS to the other daemon,
+over a socket to the other worker. The ways of a step through two stages have each of these four and two times, as the
+first socket and the answer's way make up another hop; so a hop is half of them.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from tools.bench.stage_process import StageProcess
 from tools.bench.streams import dial
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 100
-ADDED_STAGE_MS = 1.5
+ADDED_STAGE_MS, HOP_MS = 1.5, 0.5
 
 
 @dataclass(slots=True)
@@ -32,21 +36,19 @@ class Parts:
     token: list[float] = field(default_factory=list)
     """Mean, as the parts are."""
     trip: list[float] = field(default_factory=list)
+    ways: list[float] = field(default_factory=list)
     stages: list[list[float]] = field(default_factory=list)
 
     def add(self, window: Window) -> None:
         self.typical.append(1e3 * statistics.median(window.gaps_s))
         self.token.append(1e3 * window.token_s)
         self.trip.append(1e3 * window.trip_s)
+        self.ways.append(1e3 * window.transit_s)
         self.stages.append([1e3 * stage_s for stage_s in window.stage_s])
 
     @property
     def compute(self) -> list[float]:
         return [sum(stages) for stages in self.stages]
-
-    @property
-    def ways(self) -> list[float]:
-        return differences(self.trip, self.compute)
 
     def report(self, bench: Bench, name: str) -> None:
         report = bench.report
@@ -112,7 +114,10 @@ def report_parts(
         "added stage, median of rounds", statistics.median(added), "ms a token", at_most=ADDED_STAGE_MS
     )
     report.add("  of it more compute", differences(two.compute, one.compute), "ms")
-    report.add("  of it more way: the hop", differences(two.ways, one.ways), "ms")
+    report.add("  of it more way", differences(two.ways, one.ways), "ms")
+    hops = [ways / 2 for ways in two.ways]
+    report.add("a hop, best round", min(hops), "ms", at_most=HOP_MS)
+    report.add("a hop, median of rounds", statistics.median(hops), "ms", at_most=HOP_MS)
 
 
 def differences(many: list[float], few: list[float]) -> list[float]:

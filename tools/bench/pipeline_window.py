@@ -14,6 +14,7 @@ from tools.bench.streams import Crowd, Stream, greedy
 SETTLED_AT = 6
 """The token of the last stream from which on nothing of a prefill is left."""
 STEP, TRIP = "hexmesh_stage_step_seconds", "hexmesh_step_round_trip_seconds"
+TRANSIT = "hexmesh_step_transit_seconds"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,8 @@ class Window:
     n_steps: float
     trip_s: float
     """A step's mean round trip."""
+    transit_s: float
+    """Of it on the ways, neither computing nor queueing at a stage."""
     stage_s: list[float]
     """Each stage's mean compute of a step."""
 
@@ -86,13 +89,14 @@ def watch(
         one.events()
     if _least(streams) < max_tokens or stop_s - start_s < 0.2:
         raise SystemExit(f"{len(streams)} streams did not run together for long enough")
-    n_steps, trip_s, *stage_s = (late - early for late, early in zip(after, before, strict=True))
+    n_steps, trip_s, transit_s, *stage_s = (late - early for late, early in zip(after, before, strict=True))
     return Window(
         streams=streams,
         start_s=start_s,
         stop_s=stop_s,
         n_steps=n_steps,
         trip_s=trip_s / n_steps,
+        transit_s=transit_s / n_steps,
         stage_s=[one_s / n_steps for one_s in stage_s],
     )
 
@@ -102,7 +106,8 @@ def _least(streams: list[Stream]) -> int:
 
 
 def _sums(driver: LocalDaemon, n_stages: int) -> list[float]:
-    """Steps, the seconds of their round trips, and of each stage's compute, since the daemon began."""
+    """Steps, the seconds of their round trips, of their ways and of each stage's compute, since the daemon began."""
     lines = metrics_of([driver])
     stages = [metric(lines, f"{STEP}_sum", f'stage="{index}"') for index in range(n_stages)]
-    return [metric(lines, f"{TRIP}_count"), metric(lines, f"{TRIP}_sum"), *stages]
+    trips = [metric(lines, f"{TRIP}_count"), metric(lines, f"{TRIP}_sum"), metric(lines, f"{TRANSIT}_sum")]
+    return [*trips, *stages]
