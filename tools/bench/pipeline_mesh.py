@@ -22,7 +22,7 @@ HEAD_LAYERS = 3.9
 """The head's weights in layers."""
 MOST_WORK = 0.64
 """Of the work of two like nodes, for one."""
-TRIES = 5
+TRIES = 8
 STOP_S = 5.0
 """For a clean leave: a bench that is told to end must not take long."""
 
