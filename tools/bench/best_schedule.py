@@ -26,17 +26,22 @@ class StepTimes:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_rows", sorted(self.seconds))
 
-    def __call__(self, n_rows: int) -> float:
+    def __call__(self, n_rows: float) -> float:
         """Raises ValueError outside of what was measured."""
         if not self._rows[0] <= n_rows <= self._rows[-1]:
             raise ValueError(f"{n_rows} rows, and {self._rows[0]} to {self._rows[-1]} were measured")
         at = bisect_left(self._rows, n_rows)
         above = self._rows[at]
         if above == n_rows:
-            return self.seconds[n_rows]
+            return self.seconds[above]
         below = self._rows[at - 1]
         share = (n_rows - below) / (above - below)
         return (1 - share) * self.seconds[below] + share * self.seconds[above]
+
+    def through(self, n_rows: float, seconds: float) -> StepTimes:
+        """The same, times what makes them `seconds` at `n_rows`."""
+        factor = seconds / self(n_rows)
+        return StepTimes({rows: factor * time_s for rows, time_s in self.seconds.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +50,17 @@ class Pipeline:
 
     stages: Sequence[StepTimes]
     ways_s: Sequence[float]
+    row_s: float = 0.0
+    """What each row's hidden states take of a link between stages; the tokens' way back takes none."""
+
+    def way_s(self, stage: int, n_rows: int) -> float:
+        """From the stage's output to where it goes."""
+        is_last = stage == len(self.stages) - 1
+        return self.ways_s[stage] + (0.0 if is_last else n_rows * self.row_s)
 
     def turn_s(self, n_rows: int) -> float:
         """From sending a step of so many rows to its tokens, when nothing is in its way."""
-        return sum(stage(n_rows) for stage in self.stages) + sum(self.ways_s)
+        return sum(stage(n_rows) + self.way_s(at, n_rows) for at, stage in enumerate(self.stages))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +100,7 @@ def tokens_per_s(pipeline: Pipeline, groups: Sequence[int]) -> float:
     while min(len(ends) for ends in ends_s) < _ROUNDS:
         now_s, group, stage = heapq.heappop(arrivals)
         free_s[stage] = max(now_s, free_s[stage]) + pipeline.stages[stage](groups[group])
-        there_s, onward = free_s[stage] + pipeline.ways_s[stage], stage + 1
+        there_s, onward = free_s[stage] + pipeline.way_s(stage, groups[group]), stage + 1
         if onward == len(pipeline.stages):
             ends_s[group].append(there_s)
             onward = 0

@@ -1,8 +1,9 @@
 """Two stages with 40 ms of round trip between them: the rate beside the best schedule, and what one stream pays.
 
 Two hosts of a lab. The stages' step times are measured in the same run, in processes of their own, for every number
-of rows that matters: both stages at once, as they run in a full pipeline, and alone. `best_schedule.py` tries every
-number of micro-batches with them and with the ways as set. The rate counts while all streams decode.
+of rows that matters: alone, and both stages at once; and led through what steps took in the run itself, where caches
+are shared with everything else. `best_schedule.py` tries every number of micro-batches with each of them and with the
+link as set. The rate counts while all streams decode.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from tools.netlab.links import Link, Topology, both_ways
 from tools.netlab.mesh import LabMesh
 
 ONE_WAY_S = 0.020
-LINK = Link(latency_s=ONE_WAY_S, rate_bytes_per_s=1.25e8)
+LINK_BYTES_PER_S = 1.25e8
+LINK = Link(latency_s=ONE_WAY_S, rate_bytes_per_s=LINK_BYTES_PER_S)
+ROW_S = 768 * 4 / LINK_BYTES_PER_S
+"""Of the link, for a row's hidden states."""
 PROMPT_TOKENS, OUTPUT_TOKENS = 16, 80
 COUNTS = (1, 32, 128)
 ROW_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -134,8 +138,11 @@ def report_many(bench: Bench, windows: list[Window], times: dict[str, list[StepT
             [1e3 * window.stage_s[index] for window in windows],
             "ms a step",
         )
-    for kind, stages in times.items():
-        pipeline = Pipeline(stages, (ONE_WAY_S, ONE_WAY_S))
+    seen = [statistics.median(window.stage_s[index] for window in windows) for index in range(2)]
+    rows = statistics.median(window.rows for window in windows)
+    in_run = [stage.through(rows, seconds) for stage, seconds in zip(times["alone"], seen, strict=True)]
+    for kind, stages in {**times, "in the run": in_run}.items():
+        pipeline = Pipeline(stages, (ONE_WAY_S, ONE_WAY_S), ROW_S)
         best = best_schedule(pipeline, n_streams)
         size = -(-n_streams // best.n_groups)
         steps_ms = ", ".join(f"{1e3 * stage(size):.1f}" for stage in stages)

@@ -35,6 +35,11 @@ def test_one_group_pays_every_stage_and_every_way_in_turn() -> None:
     assert tokens_per_s(far, [10]) == pytest.approx(10 / (0.013 + 0.020 + 0.005 + 0.030))
 
 
+def test_hidden_states_take_time_on_the_way_to_the_next_stage_and_tokens_none() -> None:
+    far = Pipeline((linear(0.010, 0.0), linear(0.010, 0.0)), (0.020, 0.020), row_s=0.001)
+    assert tokens_per_s(far, [10]) == pytest.approx(10 / (0.010 + 0.030 + 0.010 + 0.020))
+
+
 @pytest.mark.parametrize("n_groups", range(1, 12))
 def test_equal_groups_fill_the_ways_until_the_slowest_stage_is_full(n_groups: int) -> None:
     far = pipeline(linear(0.004, 0.0), linear(0.010, 0.0), ways_s=(0.020, 0.020))
@@ -94,3 +99,8 @@ def test_between_measured_sizes_times_lie_on_a_line() -> None:
     assert [times(n_rows) for n_rows in (1, 2, 5)] == [2.0, 2.5, 4.0]
     with pytest.raises(ValueError, match="6 rows"):
         times(6)
+
+
+def test_times_can_be_led_through_one_that_was_seen_elsewhere() -> None:
+    slower = StepTimes({1: 2.0, 5: 4.0}).through(3, 6.0)
+    assert [slower(n_rows) for n_rows in (1, 3, 5)] == [4.0, 6.0, 8.0]
