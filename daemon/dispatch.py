@@ -42,6 +42,7 @@ from hexmesh.wire.data import (
     GenerateCancel,
     Generated,
     GenerateFailed,
+    PromptScored,
     ReplicaIdle,
     ReplicaStats,
     Step,
@@ -121,7 +122,7 @@ class Dispatcher:
                 self._on_step_answer(known)
             case Generate():
                 self._on_generate(src, known)
-            case Generated() | GenerateFailed():
+            case Generated() | PromptScored() | GenerateFailed():
                 self.gateway.on_message(src, known)
             case GenerateCancel():
                 for driver in self.epochs.drivers():

@@ -18,7 +18,7 @@ from daemon.web.service import GenerationPart, GenerationRequest
 from hexmesh.errors import Busy, Closed, HexmeshError, InvalidInput, NotReady, TimedOut
 from hexmesh.serving.watchdog import LOOK_S, SUSPECT_S, Patience
 from hexmesh.wire.control import Epoch
-from hexmesh.wire.data import Generate, GenerateCancel, Generated, GenerateFailed
+from hexmesh.wire.data import Generate, GenerateCancel, Generated, GenerateFailed, PromptScored
 
 log = logging.getLogger("hexmesh.gateway")
 
@@ -61,10 +61,22 @@ class Flight:
     error: HexmeshError | None = None
     """What ends it, whatever its driver may still send."""
     emitted: list[int] = field(default_factory=list)
+    n_scored: int = 0
+    """Tokens of the prompt whose scores the client has."""
     route: Route | None = None
     failed: set[tuple[Epoch, str]] = field(default_factory=set)
     """Replicas that an attempt failed on: others come first."""
-    inbox: asyncio.Queue[Generated | GenerateFailed] = field(default_factory=asyncio.Queue)
+    inbox: asyncio.Queue[Generated | PromptScored | GenerateFailed] = field(default_factory=asyncio.Queue)
+
+    @property
+    def n_to_score(self) -> int:
+        """Tokens of the prompt whose scores are wanted in all."""
+        return len(self.request.prompt) - 1 if self.request.n_prompt_logprobs >= 0 else 0
+
+    @property
+    def most_messages(self) -> int:
+        """What a driver may have sent that was not read yet; more is a flood."""
+        return self.request.max_tokens + self.n_to_score + _SPARE_MESSAGES
 
 
 class Gateway:
@@ -132,12 +144,12 @@ class Gateway:
             if flight.route is not None and flight.route.driver == node:
                 flight.inbox.put_nowait(self._give_up(flight, reason, retry=True))
 
-    def on_message(self, src: str, message: Generated | GenerateFailed) -> None:
+    def on_message(self, src: str, message: Generated | PromptScored | GenerateFailed) -> None:
         """Tokens or a failure from a driver; those of another node or an older attempt are dropped."""
         flight = self._flights.get(message.sequence)
         if flight is None or message.attempt != flight.attempt or flight.route is None:
             return
-        if src == flight.route.driver and flight.inbox.qsize() < flight.request.max_tokens + _SPARE_MESSAGES:
+        if src == flight.route.driver and flight.inbox.qsize() < flight.most_messages:
             flight.inbox.put_nowait(message)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[GenerationPart, None]:
@@ -184,6 +196,11 @@ class Gateway:
             max_tokens=request.max_tokens,
             stop_token_ids=request.stop_token_ids,
             sampling=request.sampling,
+            min_tokens=request.min_tokens,
+            n_prompt_logprobs=request.n_prompt_logprobs,
+            n_scored=flight.n_scored,
+            priority=request.priority,
+            timeout_s=max(0.0, flight.deadline_s - time.monotonic()),
         )
         if not self._courier.send(route.driver, message):
             flight.inbox.put_nowait(self._give_up(flight, "its driver cannot be reached", retry=True))
@@ -213,8 +230,8 @@ class Gateway:
         """Parts of the present attempt; ends early when another attempt must be made."""
         while True:
             message = await self._next_message(flight)
-            if isinstance(message, Generated):
-                if message.first > len(flight.emitted):
+            if isinstance(message, Generated | PromptScored):
+                if _is_late(flight, message):
                     self._cancel_at_driver(flight)
                     self._note_retry(
                         flight, self._give_up(flight, "tokens were lost on their way", retry=True)
@@ -223,7 +240,7 @@ class Gateway:
                 part = self._take(flight, message)
                 if part is not None:
                     yield part
-                if message.finish_reason is not None:
+                if part is not None and part.finish_reason is not None:
                     return
             elif flight.error is not None:
                 raise flight.error
@@ -239,7 +256,7 @@ class Gateway:
                 self._note_retry(flight, message)
                 return
 
-    async def _next_message(self, flight: Flight) -> Generated | GenerateFailed:
+    async def _next_message(self, flight: Flight) -> Generated | PromptScored | GenerateFailed:
         patience = Patience(SILENCE_S, time.monotonic())
         while not patience.is_over:
             left_s = flight.deadline_s - time.monotonic()
@@ -259,9 +276,13 @@ class Gateway:
         assert flight.route is not None
         return flight.route.driver == self._courier.node_id or self._is_heard(flight.route.driver)
 
-    def _take(self, flight: Flight, message: Generated) -> GenerationPart | None:
-        """The tokens that the client does not have yet."""
+    def _take(self, flight: Flight, message: Generated | PromptScored) -> GenerationPart | None:
+        """The tokens or scores that the client does not have yet."""
         flight.has_token = True
+        if isinstance(message, PromptScored):
+            scores = message.scores[flight.n_scored - message.first : flight.n_to_score - message.first]
+            flight.n_scored += len(scores)
+            return GenerationPart(tokens=[], finish_reason=None, scores=scores) if scores else None
         new = message.tokens[max(0, len(flight.emitted) - message.first) :]
         flight.emitted.extend(token.token_id for token in new)
         if not new and message.finish_reason is None:
@@ -304,3 +325,10 @@ class Gateway:
         return TimedOut(
             f"no answer within {waited_s:.0f} s", next_step="ask for fewer tokens or a longer deadline"
         )
+
+
+def _is_late(flight: Flight, message: Generated | PromptScored) -> bool:
+    """Whether something that should have come before it was lost."""
+    if isinstance(message, PromptScored):
+        return message.first > flight.n_scored
+    return message.first > len(flight.emitted) or flight.n_scored < flight.n_to_score

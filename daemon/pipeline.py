@@ -22,7 +22,7 @@ from hexmesh.ids import short
 from hexmesh.plan import Replica
 from hexmesh.serving.batcher import Batcher, BatchLimits, Emission, MicroBatch
 from hexmesh.serving.blocks import BlockPool
-from hexmesh.serving.rows import wire_row
+from hexmesh.serving.rows import answer_fault, prompt_scores, wire_row
 from hexmesh.serving.sequence import Sequence, sequence_of
 from hexmesh.serving.watchdog import LOOK_S, SUSPECT_S, Patience, StepTimes
 from hexmesh.wire.control import Cert, Epoch
@@ -32,6 +32,7 @@ from hexmesh.wire.data import (
     Generated,
     GenerateFailed,
     ReplicaStats,
+    Row,
     Step,
     StepRefused,
     StepResult,
@@ -105,8 +106,9 @@ class ReplicaDriver:
         self._batcher = Batcher(BlockPool(replica.kv_blocks, replica.block_tokens), limits)
         self._n_started_over = 0
         self._gateways: dict[str, str] = {}
+        self._sent: list[Row] = []
+        """The rows of the step in flight."""
         self._answer: asyncio.Future[StepResult | str] | None = None
-        self._batch: MicroBatch | None = None
         self._work = asyncio.Event()
         self._emitted: deque[tuple[float, int]] = deque()
         self._stage_seconds: deque[tuple[float, list[float]]] = deque()
@@ -262,14 +264,13 @@ class ReplicaDriver:
 
     async def _step(self, batch: MicroBatch) -> None:
         started_s = time.monotonic()
-        self._batch = batch
         result = await self._answered(batch)
         if result is None:
             return
         now_s = time.monotonic()
         self._note_stages(result)
-        answers = [[token] for token in result.sampled]
-        emissions = self._batcher.complete(batch.step, answers, now_s)
+        self._hand_out_scores(batch, result)
+        emissions = self._batcher.complete(batch.step, result.sampled, now_s)
         self._hand_out(emissions)
         self._account(result, emissions, started_s, now_s)
 
@@ -331,6 +332,7 @@ class ReplicaDriver:
 
     def _message(self, batch: MicroBatch) -> Step:
         opens = any(row.start <= row.sequence.n_cached for row in batch.rows)
+        self._sent = [wire_row(row) for row in batch.rows]
         return Step(
             epoch=self.epoch,
             cert=self._cert if opens or not self._is_known else None,
@@ -339,8 +341,17 @@ class ReplicaDriver:
             stage=0,
             step=self.steps_run,
             driver=self._courier.node_id,
-            rows=[wire_row(row) for row in batch.rows],
+            rows=self._sent,
         )
+
+    def _hand_out_scores(self, batch: MicroBatch, result: StepResult) -> None:
+        scheduled = zip(batch.rows, self._sent, strict=True)
+        for message in prompt_scores(
+            scheduled, result.scored, lambda row: self._batcher.counts(batch.step, row)
+        ):
+            gateway = self._gateways.get(message.sequence)
+            if gateway is not None:
+                self._courier.send(gateway, message)
 
     def _hand_out(self, emissions: Iterable[Emission]) -> None:
         for emission in emissions:
@@ -380,12 +391,8 @@ class ReplicaDriver:
 
     def _result_fault(self, result: StepResult) -> str | None:
         """Why this cannot be the answer to the step in flight."""
-        assert self._batch is not None
-        n_awaited = sum(self._batcher.awaited(self._batch.step) or ())
-        if len(result.sampled) != n_awaited:
-            return f"{len(result.sampled)} tokens where {n_awaited} were asked for"
-        if any(not 0 <= token.token_id < self._vocab_size for token in result.sampled):
-            return f"a token outside the vocabulary of {self._vocab_size}"
+        if (fault := answer_fault(self._sent, result, self._vocab_size)) is not None:
+            return fault
         if len(result.stage_seconds) != len(self.replica.stages):
             return f"times of {len(result.stage_seconds)} stages, not {len(self.replica.stages)}"
         return None
@@ -409,10 +416,11 @@ class ReplicaDriver:
                 f"the model takes {self._max_model_tokens} in all, and one or more must be left to answer",
                 code="context_length_exceeded",
             )
-        tokens = [*message.prompt, *message.emitted]
+        biased = [token for token, _ in message.sampling.logit_bias]
+        tokens = [*message.prompt, *message.emitted, *biased]
         if not message.prompt or min(tokens) < 0 or max(tokens) >= self._vocab_size:
             raise InvalidInput(
-                f"a prompt takes at least one token id, each from 0 to {self._vocab_size - 1}",
+                f"a request takes at least one token id in its prompt, and ids from 0 to {self._vocab_size - 1}",
                 code="bad_tokens",
             )
 

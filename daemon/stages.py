@@ -290,6 +290,7 @@ class StageHost:
                 replica=step.replica,
                 step=step.step,
                 sampled=done.sampled,
+                scored=done.scored,
                 stage_seconds=seconds,
                 pools=pools,
             )

@@ -154,6 +154,7 @@ class _WorkerLoop:
                 step=request.step,
                 compute_s=time.perf_counter() - started_s,
                 sampled=output.sampled,
+                scored=output.scored,
             )
             self._send(done, hidden)
 

@@ -34,7 +34,9 @@ CHANNELS: dict[Channel, ChannelRules] = {
     "control": ChannelRules(
         limits=FrameLimits(payload_bytes=16 * _MIB), queue_bytes=4 * _MIB, drops_oldest=True
     ),
-    "data": ChannelRules(limits=FrameLimits(), queue_bytes=64 * _MIB, drops_oldest=False),
+    "data": ChannelRules(
+        limits=FrameLimits(header_bytes=4 * _MIB), queue_bytes=64 * _MIB, drops_oldest=False
+    ),
     "probe": ChannelRules(limits=FrameLimits(payload_bytes=_MIB), queue_bytes=64 * _MIB, drops_oldest=False),
     "bulk": ChannelRules(limits=FrameLimits(), queue_bytes=0, drops_oldest=False),
 }

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +22,7 @@ from daemon.web.service import GenerationPart, GenerationRequest, MeshService
 from daemon.web.telemetry import RequestMeter
 from daemon.web.text import TextCodec
 from hexmesh.errors import Closed, HexmeshError, TimedOut
-from hexmesh.wire.data import FinishReason, SampledToken, SamplingParams
+from hexmesh.wire.data import FinishReason, SampledToken, SamplingParams, ScoredToken
 
 _QUEUED_PIECES = 64
 
@@ -37,6 +37,9 @@ class Ask:
     prompts: list[list[int]]
     n: int = 1
     max_tokens: int
+    """0: nothing is generated, the prompts are only scored or echoed."""
+    min_tokens: int = 0
+    """Until an answer has as many, nothing ends it but its length."""
     stop_token_ids: list[int]
     """All tokens that end an answer, the model's own end included unless it is ignored."""
     extra_stop_token_ids: list[int]
@@ -45,6 +48,12 @@ class Ask:
     include_stop: bool = False
     skip_special_tokens: bool = True
     sampling: SamplingParams
+    echo: bool = False
+    """Answers begin with their prompt."""
+    n_prompt_logprobs: int = -1
+    """0 or more: prompts are scored, with as many of the likeliest tokens at each position."""
+    priority: int = 0
+    """Lower comes first."""
 
     @property
     def n_answers(self) -> int:
@@ -54,17 +63,27 @@ class Ask:
     def n_prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
 
+    def prompt_of(self, index: int) -> list[int]:
+        """The prompt that answer `index` answers."""
+        return self.prompts[index // self.n]
+
+    def scores_prompt(self, index: int) -> bool:
+        """Whether answer `index` brings its prompt's scores: the first answer's, or all that show them."""
+        return self.n_prompt_logprobs >= 0 and (self.echo or index % self.n == 0)
+
     def request_of(self, index: int, *, timeout_s: float) -> GenerationRequest:
         """What the service is asked for answer `index`."""
-        prompt, choice = divmod(index, self.n)
         return GenerationRequest(
             request_id=self.request_id,
             sequence=f"{self.request_id}-{index}",
-            prompt=self.prompts[prompt],
-            max_tokens=self.max_tokens,
+            prompt=self.prompt_of(index),
+            max_tokens=max(1, self.max_tokens),  # computing a prompt draws a token, wanted or not
+            min_tokens=self.min_tokens,
             stop_token_ids=self.stop_token_ids,
-            sampling=msgspec.structs.replace(self.sampling, choice=choice),
+            sampling=msgspec.structs.replace(self.sampling, choice=index % self.n),
             timeout_s=timeout_s,
+            n_prompt_logprobs=self.n_prompt_logprobs if self.scores_prompt(index) else -1,
+            priority=self.priority,
         )
 
 
@@ -75,12 +94,14 @@ class Piece:
     index: int
     text: str
     token_id: int | None
-    """None in the last piece, which only ends the answer."""
+    """None in the last piece, which only ends the answer, and in the first, where the prompt is echoed or scored."""
     placed: list[PlacedToken]
     """Tokens, not named before, whose text has begun to show: the ones to show log-probabilities of."""
     n_tokens: int
     """Tokens of this answer so far."""
     finish_reason: FinishReason | None = None
+    scores: list[ScoredToken] = field(default_factory=list)
+    """Of the prompt's tokens after the first; all in the first piece."""
     stop_reason: str | int | None = None
     """The stop string or extra stop token that ended the answer; None for the model's own end."""
 
@@ -184,9 +205,13 @@ class AnswerSource:
         self._meter = meter
         self._n_tokens = 0
         self._stop_reason: str | int | None = None
-        prompt = ask.prompts[index // ask.n]
+        self._prompt = ask.prompt_of(index)
+        self._scores: list[ScoredToken] = []
+        self._is_open = not ask.echo and not ask.scores_prompt(index)
+        """Whether all is told that comes before the first token."""
+        before = [] if ask.echo else self._prompt
         self._text = AnswerText(
-            codec.stream(prompt, skip_special_tokens=ask.skip_special_tokens),
+            codec.stream(before, skip_special_tokens=ask.skip_special_tokens),
             StopScanner(ask.stop, include=ask.include_stop),
         )
 
@@ -196,6 +221,15 @@ class AnswerSource:
             service.generate(self._ask.request_of(self._index, timeout_s=timeout_s))
         ) as parts:
             async for part in parts:
+                if part.scores:
+                    self._scores += part.scores
+                    continue
+                if not self._is_open:
+                    self._is_open = True
+                    yield self._first_piece()
+                if self._ask.max_tokens == 0:
+                    yield self._last_piece("length")
+                    return
                 self._meter.add_tokens(self._index, len(part.tokens))
                 for token in part.tokens:
                     yield self._piece(token, is_end=self._is_end(token, part))
@@ -220,7 +254,8 @@ class AnswerSource:
         if is_end and token.token_id in self._ask.extra_stop_token_ids:
             self._stop_reason = token.token_id
         # The token that ends an answer is counted and not shown.
-        text = "" if is_end and not self._ask.include_stop else self._text.push(token)
+        may_stop = self._n_tokens > self._ask.min_tokens
+        text = "" if is_end and not self._ask.include_stop else self._text.push(token, may_stop=may_stop)
         return Piece(
             index=self._index,
             text=text,
@@ -228,6 +263,28 @@ class AnswerSource:
             placed=self._text.take_placed(is_last=False),
             n_tokens=self._n_tokens,
         )
+
+    def _first_piece(self) -> Piece:
+        return Piece(
+            index=self._index,
+            text=self._text.echo(self._echoed()) if self._ask.echo else "",
+            token_id=None,
+            placed=self._text.take_placed(is_last=False),
+            n_tokens=0,
+            scores=self._scores,
+        )
+
+    def _echoed(self) -> list[SampledToken]:
+        """The prompt, with log-probabilities where answers have them."""
+        n_top = self._ask.sampling.n_logprobs
+        first = SampledToken(token_id=self._prompt[0])
+        if n_top < 0:
+            return [first, *(SampledToken(token_id=token) for token in self._prompt[1:])]
+        scored = (
+            SampledToken(token_id=one.token_id, logprob=one.logprob, top=one.top[:n_top])
+            for one in self._scores
+        )
+        return [first, *scored]
 
     def _last_piece(self, finish_reason: FinishReason) -> Piece:
         return Piece(

@@ -42,6 +42,8 @@ class Terms:
     """None: all that fit into the model's context."""
     default_temperature: float
     n_logprobs: int = -1
+    n_prompt_logprobs: int = -1
+    echo: bool = False
 
 
 class Completer:
@@ -123,19 +125,27 @@ class Completer:
         self._check_prompts(prompts, n=terms.n)
         extra_stops = body.stop_token_ids or []
         self.check_tokens(extra_stops, param="stop_token_ids")
+        self.check_tokens([token for token, _ in body.biases()], param="logit_bias")
+        max_tokens = self._room_for(prompts, terms)
+        if (body.min_tokens or 0) > max_tokens:
+            raise invalid(f"min_tokens is over the {max_tokens} tokens to generate", param="min_tokens")
         ends = [] if body.ignore_eos else list(self.service.model.eos_token_ids)
         return Ask(
             request_id=terms.request_id,
             arrived_s=terms.arrived_s,
             prompts=prompts,
             n=terms.n,
-            max_tokens=self._room_for(prompts, terms),
+            max_tokens=max_tokens,
+            min_tokens=body.min_tokens or 0,
             stop_token_ids=list(dict.fromkeys([*ends, *extra_stops])),
             extra_stop_token_ids=extra_stops,
             stop=body.stop_strings(),
             include_stop=bool(body.include_stop_str_in_output),
             skip_special_tokens=body.skip_special_tokens is not False,
             sampling=_sampling(body, terms),
+            echo=terms.echo,
+            n_prompt_logprobs=terms.n_prompt_logprobs,
+            priority=body.priority or 0,
         )
 
     def check_tokens(self, token_ids: Sequence[int], *, param: str) -> None:
@@ -231,6 +241,10 @@ def _sampling(body: SamplingBody, terms: Terms) -> SamplingParams:
         top_p=1.0 if body.top_p is None else max(body.top_p, _SMALLEST_TOP_P),
         top_k=min(max(body.top_k or 0, 0), 2**31 - 1),
         min_p=body.min_p or 0.0,
+        repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=body.biases(),
         seed=seed_of(terms.request_id) if body.seed is None else body.seed % 2**63,
         n_logprobs=terms.n_logprobs,
     )

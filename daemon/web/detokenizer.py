@@ -85,20 +85,32 @@ class StopScanner:
         self._stop = tuple(stop)
         self._include = include
         self._held = ""
+        self._n_exempt = 0
+        """The held text's first characters, which may not end a stop string."""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
-        """The text that may be shown now. Once `matched` is set there is no more."""
+    def push(self, text: str, *, may_match: bool = True) -> str:
+        """The text that may be shown now. Once `matched` is set there is no more.
+
+        Text that may not match yet ends no stop string, though one may begin in it.
+        """
         assert self.matched is None, "push after a match"
         self._held += text
-        matches = [(at + len(s), at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
+        if not may_match:
+            self._n_exempt = len(self._held)
+        matches = [(at + len(s), at, s) for s in self._stop if (at := self._find(s)) >= 0]
         if matches:
             end, start, self.matched = min(matches)
             shown, self._held = self._held[: end if self._include else start], ""
             return shown
         n_shown = len(self._held) - self._n_risky()
         shown, self._held = self._held[:n_shown], self._held[n_shown:]
+        self._n_exempt = max(0, self._n_exempt - n_shown)
         return shown
+
+    def _find(self, stop: str) -> int:
+        """Where that stop string begins first, if it ends after the text that may not match; else -1."""
+        return self._held.find(stop, max(0, self._n_exempt - len(stop) + 1))
 
     def finish(self) -> str:
         """What was held back, now that nothing follows."""
@@ -135,10 +147,20 @@ class AnswerText:
         """The stop string that ended the answer, if one did."""
         return self._scanner.matched
 
-    def push(self, token: SampledToken) -> str:
+    def echo(self, prompt: Sequence[SampledToken]) -> str:
+        """The prompt's text, as the answer's beginning; stop strings are not looked for in it."""
+        text = ""
+        for token in prompt:
+            self._placed.append(PlacedToken(token, self._n_decoded + len(text)))
+            text += self._stream.push(token.token_id)
+        self._n_decoded += len(text)
+        self._n_shown += len(text)
+        return text
+
+    def push(self, token: SampledToken, *, may_stop: bool = True) -> str:
         """Text that is settled now that `token` came; may be empty."""
         self._placed.append(PlacedToken(token, self._n_decoded))
-        return self._show(self._stream.push(token.token_id))
+        return self._show(self._stream.push(token.token_id), may_stop=may_stop)
 
     def finish(self) -> str:
         """The rest of the text after the last token."""
@@ -158,9 +180,9 @@ class AnswerText:
         ready, self._placed = self._placed[:n_ready], self._placed[n_ready:]
         return ready
 
-    def _show(self, decoded: str) -> str:
+    def _show(self, decoded: str, *, may_stop: bool = True) -> str:
         self._n_decoded += len(decoded)
-        shown = self._scanner.push(decoded)
+        shown = self._scanner.push(decoded, may_match=may_stop)
         self._n_shown += len(shown)
         return shown
 

@@ -10,7 +10,7 @@ from typing import Any
 from aiohttp import web
 
 from daemon.web.access import ARRIVED_S, REQUEST_ID, Route
-from daemon.web.answers import Answers
+from daemon.web.answers import Answers, Ask
 from daemon.web.completer import Completer, Terms
 from daemon.web.http_errors import HttpFailure, invalid, unsupported
 from daemon.web.openai_format import ChatFormat, CompletionFormat, Frame
@@ -70,9 +70,10 @@ class OpenAiRoutes:
                 default_max_tokens=None,
                 default_temperature=_DEFAULT_TEMPERATURE,
                 n_logprobs=body.n_logprobs(),
+                n_prompt_logprobs=body.n_prompt_logprobs(),
             )
             ask = completer.ask(body, terms, [prompt])
-        frame = await self._frame(_CHAT_PREFIX, body, model, terms)
+        frame = await self._frame(_CHAT_PREFIX, body, model, ask)
         return await self._reply(request, body, completer.answers(ask), ChatFormat(frame))
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -92,9 +93,11 @@ class OpenAiRoutes:
                 default_max_tokens=_DEFAULT_COMPLETION_TOKENS,
                 default_temperature=_DEFAULT_TEMPERATURE,
                 n_logprobs=body.n_logprobs(),
+                n_prompt_logprobs=body.n_prompt_logprobs(),
+                echo=bool(body.echo),
             )
             ask = completer.ask(body, terms, prompts)
-        frame = await self._frame(_TEXT_PREFIX, body, model, terms)
+        frame = await self._frame(_TEXT_PREFIX, body, model, ask)
         return await self._reply(request, body, completer.answers(ask), CompletionFormat(frame))
 
     async def models(self, request: web.Request) -> web.Response:
@@ -164,14 +167,16 @@ class OpenAiRoutes:
         one = [part for part in prompt if isinstance(part, int)]
         return [one] if one else [part for part in prompt if isinstance(part, list)]
 
-    async def _frame(self, prefix: str, body: OpenAiBody, model: ServedModel, terms: Terms) -> Frame:
+    async def _frame(self, prefix: str, body: OpenAiBody, model: ServedModel, ask: Ask) -> Frame:
         return Frame(
-            reply_id=prefix + terms.request_id,
+            reply_id=prefix + ask.request_id,
             created_s=int(time.time()),
             model=model.name,
             fingerprint=self._completer.service.status().plan_id,
             codec=await self._completer.codec(),
-            has_logprobs=terms.n_logprobs >= 0,
+            ask=ask,
+            has_prompt_logprobs=body.prompt_logprobs is not None,
+            has_token_ids=bool(body.return_token_ids),
             has_usage=body.wants_usage(),
             has_running_usage=body.wants_running_usage(),
         )

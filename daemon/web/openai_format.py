@@ -7,12 +7,13 @@ from typing import Any
 
 import msgspec
 
-from daemon.web.answers import Piece, Usage
+from daemon.web.answers import Ask, Piece, Usage
 from daemon.web.detokenizer import PlacedToken
 from daemon.web.http_errors import error_object
 from daemon.web.replies import WholeAnswer
 from daemon.web.text import TextCodec
 from hexmesh.errors import HexmeshError
+from hexmesh.wire.data import ScoredToken
 
 _DONE = b"data: [DONE]\n\n"
 
@@ -26,11 +27,40 @@ class Frame:
     model: str
     fingerprint: str | None
     codec: TextCodec
-    has_logprobs: bool
+    ask: Ask
+    has_prompt_logprobs: bool
+    has_token_ids: bool
     has_usage: bool
     """A stream ends with a chunk that has no choices and the usage."""
     has_running_usage: bool
     """Every chunk of a stream carries the usage so far."""
+
+    @property
+    def has_logprobs(self) -> bool:
+        return self.ask.sampling.n_logprobs >= 0
+
+    def prompt_fields(self, answers: list[WholeAnswer], index: int) -> dict[str, Any]:
+        """What vLLM's clients find about the prompt of answer `index`, where they asked for it."""
+        fields: dict[str, Any] = {}
+        if self.has_prompt_logprobs:
+            scores = answers[index - index % self.ask.n].scores
+            fields["prompt_logprobs"] = [None, *(self._scored(one) for one in scores)]
+        if self.has_token_ids:
+            fields["prompt_token_ids"] = self.ask.prompt_of(index)
+        return fields
+
+    def answer_fields(self, answer: WholeAnswer) -> dict[str, Any]:
+        """The same for the answer itself."""
+        return {"token_ids": answer.token_ids} if self.has_token_ids else {}
+
+    def _scored(self, score: ScoredToken) -> dict[str, dict[str, Any]]:
+        """The likeliest tokens and the prompt's own, by token id."""
+        named = [(token, logprob, rank) for rank, (token, logprob) in enumerate(score.top, start=1)]
+        own = (score.token_id, score.logprob, score.rank)
+        return {
+            str(token): {"logprob": logprob, "rank": rank, "decoded_token": self.codec.token_text(token)}
+            for token, logprob, rank in (*named, own)
+        }
 
     def envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
@@ -87,9 +117,11 @@ class ChatFormat(_Events):
                 "finish_reason": answer.finish_reason,
                 "stop_reason": answer.stop_reason,
             }
+            | self._frame.answer_fields(answer)
             for answer in answers
         ]
-        return {**self._frame.envelope("chat.completion", choices), "usage": usage.as_json()}
+        envelope = self._frame.envelope("chat.completion", choices)
+        return envelope | self._frame.prompt_fields(answers, 0) | {"usage": usage.as_json()}
 
     def piece(self, piece: Piece, usage: Usage) -> bytes:
         """The role goes out with the first text, as clients take the first chunk for a token."""
@@ -155,6 +187,8 @@ class CompletionFormat(_Events):
                 "finish_reason": answer.finish_reason,
                 "stop_reason": answer.stop_reason,
             }
+            | self._frame.prompt_fields(answers, answer.index)
+            | self._frame.answer_fields(answer)
             for answer in answers
         ]
         return {**self._frame.envelope(self._kind, choices), "usage": usage.as_json()}
@@ -195,8 +229,10 @@ class CompletionFormat(_Events):
             "text_offset": [one.text_offset for one in placed],
         }
 
-    def _top(self, placed: PlacedToken) -> dict[str, float | None]:
-        """The likeliest tokens and, as OpenAI has it, always the drawn one."""
+    def _top(self, placed: PlacedToken) -> dict[str, float | None] | None:
+        """The likeliest tokens and, as OpenAI has it, always the drawn one; a prompt's first token has none."""
+        if placed.token.logprob is None:
+            return None
         text = self._frame.codec.token_text
         top: dict[str, float | None] = {}
         for token_id, logprob in placed.token.top:

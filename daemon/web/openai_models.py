@@ -12,33 +12,35 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from daemon.web.http_errors import HttpFailure, invalid, unsupported
+from hexmesh.wire.data import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS
 
 log = logging.getLogger("hexmesh.http")
 
 MAX_ANSWERS = 128
 """Most sequences of one request: prompts times n."""
-MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 64
 
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 StopString = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+
+_END_TOKENS = 64
+"""How many of a request's stop tokens are left to the model's own ends."""
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "n": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "response_format": ({"type": "text"},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "best_of": (1,),
-    "logit_bias": ({},),
     "echo": (False,),
     "suffix": ("",),
-    "min_tokens": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -101,8 +103,14 @@ class SamplingBody(_Body):
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     max_tokens: Positive | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS - _END_TOKENS)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
+    priority: Priority | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
 
@@ -110,6 +118,14 @@ class SamplingBody(_Body):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def biases(self) -> list[tuple[int, float]]:
+        """Token ids and what is added to their logits. Raises HttpFailure 400 for a key that is no id."""
+        biases = self.logit_bias or {}
+        for key in biases:
+            if not (key.isascii() and key.isdecimal() and len(key) < 10):
+                raise invalid(f"logit_bias: {key[:40]!r} is not a token id", param="logit_bias")
+        return [(int(key), bias) for key, bias in biases.items()]
 
 
 class OpenAiBody(SamplingBody):
@@ -120,9 +136,14 @@ class OpenAiBody(SamplingBody):
     stream_options: StreamOptions | None = None
     user: str | None = None
     add_special_tokens: bool | None = None
+    prompt_logprobs: Logprobs | None = None
+    return_token_ids: bool | None = None
 
     def wants_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    def n_prompt_logprobs(self) -> int:
+        return -1 if self.prompt_logprobs is None else self.prompt_logprobs
 
     def wants_running_usage(self) -> bool:
         return self.wants_usage() and bool(self.stream_options and self.stream_options.continuous_usage_stats)
@@ -133,10 +154,17 @@ Prompt = str | list[str] | list[TokenId] | list[list[TokenId]]
 
 class CompletionBody(OpenAiBody):
     prompt: Prompt
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Logprobs | None = None
+    echo: bool | None = None
 
     def n_logprobs(self) -> int:
         return -1 if self.logprobs is None else self.logprobs
+
+    def n_prompt_logprobs(self) -> int:
+        """-1, or how many of the likeliest tokens are wanted at each position of the prompt."""
+        echoed = self.n_logprobs() if self.echo else -1
+        return max(super().n_prompt_logprobs(), echoed)
 
 
 class ContentPart(_Body):
@@ -156,7 +184,7 @@ class ChatBody(OpenAiBody):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Logprobs | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -244,6 +272,16 @@ def refuse_unsupported(fields: dict[str, Any]) -> None:
 def _check_combinations(body: OpenAiBody) -> None:
     if body.stream_options is not None and not body.stream:
         raise invalid("stream_options goes with stream: true only", param="stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise invalid(
+            "prompt_logprobs goes with whole replies only, not with stream", param="prompt_logprobs"
+        )
+    if body.stream and body.return_token_ids:
+        raise invalid(
+            "return_token_ids goes with whole replies only, not with stream", param="return_token_ids"
+        )
+    if isinstance(body, CompletionBody) and body.max_tokens == 0 and not body.echo:
+        raise invalid("max_tokens 0 goes with echo only", param="max_tokens")
     if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs goes with logprobs: true only", param="top_logprobs")
 

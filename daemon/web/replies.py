@@ -16,7 +16,7 @@ from daemon.web.answers import Answers, Piece, Usage
 from daemon.web.detokenizer import PlacedToken
 from daemon.web.http_errors import internal_error
 from hexmesh.errors import HexmeshError
-from hexmesh.wire.data import FinishReason
+from hexmesh.wire.data import FinishReason, ScoredToken
 
 log = logging.getLogger("hexmesh.http")
 
@@ -31,10 +31,13 @@ class WholeAnswer:
     placed: list[PlacedToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    scores: list[ScoredToken] = field(default_factory=list)
+    """Of the prompt's tokens after the first, where they were asked for."""
 
     def add(self, piece: Piece) -> None:
         self.text += piece.text
         self.placed += piece.placed
+        self.scores += piece.scores
         if piece.token_id is not None:
             self.token_ids.append(piece.token_id)
         if piece.finish_reason is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
@@ -21,7 +21,7 @@ from daemon.views import (
     TokenView,
     TopologyView,
 )
-from hexmesh.wire.data import FinishReason, SampledToken, SamplingParams
+from hexmesh.wire.data import FinishReason, SampledToken, SamplingParams, ScoredToken
 from hexmesh.wire.orders import NodeStanding, OrderAction
 
 
@@ -36,14 +36,21 @@ class GenerationRequest:
     stop_token_ids: list[int]
     sampling: SamplingParams
     timeout_s: float
+    min_tokens: int = 0
+    n_prompt_logprobs: int = -1
+    """0 or more: score the prompt too, naming as many of the likeliest tokens at each position."""
+    priority: int = 0
+    """Lower comes first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationPart:
-    """One or more new tokens; the last part carries the finish reason."""
+    """New tokens, or scores of the prompt, which come before any token; the last part carries the finish reason."""
 
     tokens: list[SampledToken]
     finish_reason: FinishReason | None
+    scores: list[ScoredToken] = field(default_factory=list)
+    """Of the prompt's tokens after the first, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,11 +66,6 @@ class RaggedBatch:
         self._slots: dict[int, torch.Tensor] = {}
         self._reads: dict[tuple[int, int | None], Reads] = {}
 
-    @property
-    def last_tokens(self) -> list[int]:
-        """Index of each row's last token."""
-        return [int(stop) - 1 for stop in self._starts[1:]]
-
     def slots(self, n_kv_heads: int) -> torch.Tensor:
         """Where each token's heads lie in a pool seen as (-1, head_dim); token-major."""
         found = self._slots.get(n_kv_heads)

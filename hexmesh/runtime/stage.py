@@ -13,17 +13,18 @@ from hexmesh.errors import InvalidInput
 from hexmesh.runtime.attention import RunContext, Scratch, running
 from hexmesh.runtime.kv_pool import KvPool
 from hexmesh.runtime.ragged import RaggedBatch
-from hexmesh.runtime.sampler import Draw, sample
 from hexmesh.runtime.splice import EMBEDDING, CutReached, Splice
-from hexmesh.wire.data import Row, SampledToken, SamplingParams
+from hexmesh.runtime.wanted import Wanted, wanted_of
+from hexmesh.wire.data import Row, SampledToken, SamplingParams, ScoredToken
 
 
 @dataclass(frozen=True, slots=True)
 class StageOutput:
-    """Hidden states for the next stage, or, from the last one, a token for each row that asked."""
+    """Hidden states for the next stage, or, from the last one, tokens and scores for each row that asked."""
 
     hidden: torch.Tensor | None  # (n_tokens, hidden_size)
-    sampled: list[SampledToken] = field(default_factory=list)
+    sampled: list[list[SampledToken]] = field(default_factory=list)
+    scored: list[list[ScoredToken]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,8 @@ class Stage:
         fit each other.
         """
         self._check(rows, payload)
-        return self._forward(rows, payload.to(self._device))
+        wanted = wanted_of(rows, self.limits.vocab_size) if self.splice.is_last else Wanted()
+        return self._forward(rows, payload.to(self._device), wanted)
 
     def warm_up(self) -> None:
         """A small prefill and decode in block 0: pages weights in.
@@ -75,13 +77,13 @@ class Stage:
             self.run([row], torch.zeros(shape, dtype=self.payload_dtype))
 
     @torch.inference_mode()
-    def _forward(self, rows: list[Row], payload: torch.Tensor) -> StageOutput:
+    def _forward(self, rows: list[Row], payload: torch.Tensor, wanted: Wanted) -> StageOutput:
         batch = RaggedBatch(rows, self.pool.block_tokens, self._device)
         hidden = None if self.splice.is_first else payload[None]
         context = RunContext(self.pool, batch, hidden, self._scratch)
         with running(context):
             try:
-                return self._to_tokens(rows, batch, self._embedded(payload))
+                return self._to_tokens(wanted, batch, self._embedded(payload))
             except CutReached as cut:
                 return StageOutput(cut.hidden[0])
 
@@ -93,19 +95,16 @@ class Stage:
             return payload[None]
         return payload.new_zeros(1, payload.shape[0], self.splice.embedding_dim)
 
-    def _to_tokens(self, rows: list[Row], batch: RaggedBatch, embedded: torch.Tensor) -> StageOutput:
+    def _to_tokens(self, wanted: Wanted, batch: RaggedBatch, embedded: torch.Tensor) -> StageOutput:
         """Through the model; leaves by CutReached unless this is the last stage."""
-        wanted = [index for index, row in enumerate(rows) if row.sample is not None]
-        last_tokens = batch.last_tokens
-        keep = torch.tensor([last_tokens[index] for index in wanted], dtype=torch.int64, device=self._device)
+        keep = torch.tensor(wanted.tokens, dtype=torch.int64, device=self._device)
         out = self.splice.model(
             inputs_embeds=embedded,
             position_ids=batch.positions[None],
             use_cache=False,
             logits_to_keep=keep,
         )
-        draws = [Draw(row.sample, row.start + row.n_tokens) for row in rows if row.sample is not None]
-        return StageOutput(None, sample(out.logits[0], draws) if draws else [])
+        return StageOutput(None, *wanted.answer(out.logits[0]))
 
     def _check(self, rows: list[Row], payload: torch.Tensor) -> None:
         for row in rows:

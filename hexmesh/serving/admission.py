@@ -47,12 +47,13 @@ class Admission:
     def admit(self, n_running: int, max_running: int, last_step: int) -> list[Sequence]:
         """Take from the queue what may run now; blocks for all of their tokens are in their tables."""
         started: list[Sequence] = []
-        n_refused = 0
+        n_refused = n_following = 0
         for sequence in self.waiting:
             n_after = n_running + len(started)
             if n_after >= max_running or n_refused == LOOK_AHEAD:
                 break
             if sequence.reuses_prefix and self._waits_for_maker(sequence, last_step):
+                n_following += 1
                 continue
             if self._start(sequence, n_after, last_step):
                 started.append(sequence)
@@ -63,11 +64,15 @@ class Admission:
             n_refused += 1
         for sequence in started:
             self.remove(sequence)
-        self._stuck_at = None if started else (self._pool.n_available, n_running)
+        is_stuck = not started and not n_following
+        self._stuck_at = (self._pool.n_available, n_running) if is_stuck else None
         return started
 
     def is_stuck(self, n_running: int) -> bool:
-        """Whether nothing can be taken from the queue, unless blocks come free or get names."""
+        """Whether nothing can be taken from the queue, unless blocks come free.
+
+        A block that gets its name may be one less to be found for a waiting sequence, but who filled it takes another.
+        """
         if self._stuck_at is None:
             return False
         n_available, n_running_then = self._stuck_at
@@ -76,7 +81,6 @@ class Admission:
     def sealed(self, name: bytes) -> None:
         """A block in the making is there."""
         self._makers.pop(name, None)
-        self._stuck_at = None
 
     def stop_making(self, sequence: Sequence) -> None:
         """It has computed its prompt, or never will."""

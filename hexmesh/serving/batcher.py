@@ -217,18 +217,16 @@ class Batcher:
         if self._in_flight or self._prefilling or any(sequence.drafts for sequence in self._ready):
             return 0
         n_rounds = min((held.max_tokens - held.n_output for held in self._ready), default=0)
-        if self._admission.waiting and len(self._running) < self.limits.max_running:
-            if not self._admission.is_stuck(len(self._running)):
-                return 0
-            block_tokens = self.pool.block_tokens  # a block that gets a name may be what a waiting one needs
-            to_seal = min((block_tokens - held.n_computed % block_tokens for held in self._ready), default=0)
-            n_rounds = min(n_rounds, to_seal)
+        has_place = self._admission.waiting and len(self._running) < self.limits.max_running
+        if has_place and not self._admission.is_stuck(len(self._running)):
+            return 0
         return bisect_left(range(1, n_rounds + 1), True, key=lambda n: not self._has_room_for(n))
 
     def advance(self, n_rounds: int, token: SampledToken, now_s: float) -> list[Emission]:
         """Do what so many of the rounds of `steps_until_change` would, each drawing `token`, which stops nobody.
 
-        The emissions are those of the last round. O(running sequences), whatever n_rounds is.
+        The emissions are those of the last round. O(running sequences and blocks they take), whatever n_rounds is.
+        Where two draw the same answer to the same prompt, other cached blocks may be evicted than round by round.
         """
         assert 0 < n_rounds <= self.steps_until_change()
         self._last_step += n_rounds

@@ -17,7 +17,7 @@ class BatchLimits:
     step_tokens: int = 256
     """Of decoding and prompts together. Prompts get a quarter of it at least, however many decode."""
     max_running: int = 256
-    max_waiting: int = 1024
+    max_waiting: int = 256
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_running <= MAX_STEP_ROWS or not 1 <= self.step_tokens <= MAX_STEP_TOKENS:

@@ -35,6 +35,8 @@ _NEARLY = 0.005
 """Rounds that differ by less count as equally long."""
 _KEPT = 0.015
 """The number of groups is changed for no smaller gain than this."""
+_WORTH = 0.1
+"""For no smaller gain, at best, is anything tried."""
 _REACH = 1.5
 """How far a size class bears on the fit at another size, in powers of two."""
 _FIXED_SHARE = 0.5
@@ -73,8 +75,6 @@ class StageTimes:
         """Tokens and seconds, by size class."""
         self._points: list[tuple[float, float, float, int]] = []
         """log2(tokens), tokens and seconds of each size class, and how often it was seen."""
-        self.spread = 0.0
-        """How much equal steps differ: median deviation by median."""
 
     def took(self, n_tokens: int, seconds: float, step: int) -> None:
         """A step of so many tokens took so long."""
@@ -90,9 +90,6 @@ class StageTimes:
         for tokens, times in self._sizes.values():
             n_tokens, seconds = sum(tokens.values) / len(tokens.values), median(times.values)
             self._points.append((math.log2(n_tokens), n_tokens, seconds, len(times.values)))
-        _, times = max(self._sizes.values(), key=lambda seen: len(seen[1].values))
-        usual_s = median(times.values)
-        self.spread = median(abs(seconds - usual_s) for seconds in times.values) / max(usual_s, 1e-9)
 
     def n_sizes_known(self, step: int) -> int:
         """How many size classes were seen often enough."""
@@ -130,10 +127,10 @@ class Pacing:
         """Round trips less the stages' time, by steps in flight."""
         self._step = 0
         self._fitted_step = 0
+        self._chosen_step = 0
         self._network_s = 0.0
         self._n_beside = 0.0
         """Tokens that a step carries of late beside one for each row: chunks of prompts, mostly."""
-        self._sharpness = 100.0
         self._groups = 1
         self._for_decoding = 0
         self._probe_groups = 0
@@ -163,8 +160,11 @@ class Pacing:
         """How many steps to spread so many decoding sequences over."""
         if n_decoding <= 1 or not self._step:
             return 1
-        is_refitted = self._refit_if_due()
-        if is_refitted or not 7 * self._for_decoding <= 8 * n_decoding <= 9 * self._for_decoding:
+        self._refit_if_due()
+        if (
+            self._chosen_step < self._fitted_step
+            or not 7 * self._for_decoding <= 8 * n_decoding <= 9 * self._for_decoding
+        ):
             self._choose(n_decoding)
         if self._step < self._probe_until:
             return min(self._probe_groups, n_decoding)
@@ -184,13 +184,7 @@ class Pacing:
         """How long it takes to draw one token for each, in so many groups."""
         n_mean, n_most = n_decoding / n_groups, -(-n_decoding // n_groups)
         slowest_s, _, all_s = self._times_s(n_mean + self._n_beside, n_most + self._n_beside)
-        compute_s, trip_s = n_groups * slowest_s, all_s + self._network_s
-        longer_s = max(compute_s, trip_s)
-        if longer_s <= 0:
-            return 0.0
-        # where both are about equal, each waits for the other's slower steps
-        evenness = math.pow(min(compute_s, trip_s) / longer_s, self._sharpness)
-        return longer_s * math.pow(1 + evenness, 1 / self._sharpness)
+        return max(n_groups * slowest_s, all_s + self._network_s)
 
     def _times_s(self, n_mean: float, n_most: float) -> tuple[float, float, float]:
         """The slowest stage's time for n_mean tokens; all stages' time for so many, and for n_most."""
@@ -198,17 +192,14 @@ class Pacing:
         each = [fixed_s + token_s * n_mean for fixed_s, token_s in lines]
         return max(each), sum(each), sum(fixed_s + token_s * n_most for fixed_s, token_s in lines)
 
-    def _refit_if_due(self) -> bool:
-        is_due = self._step - self._fitted_step >= min(_REFIT_STEPS, 1 + self._fitted_step // 4)
-        if is_due:
+    def _refit_if_due(self) -> None:
+        if self._step - self._fitted_step >= min(_REFIT_STEPS, 1 + self._fitted_step // 4):
             self._refit()
-        return is_due
 
     def _refit(self) -> None:
         for stage in self._stages:
             stage.refit(self._step)
         self._fitted_step = self._step
-        self._sharpness = 1 / max(0.01, max(stage.spread for stage in self._stages))
         self._network = {n: recent for n, recent in self._network.items() if recent.is_fresh(self._step)}
         self._network_s = self._shortest_way_s()
         if self._is_way_longer():
@@ -232,6 +223,7 @@ class Pacing:
         return all_s + median(list(recent.values)[-_N_LATELY:]) > _UNEXPLAINED * explained_s
 
     def _choose(self, n_decoding: int) -> None:
+        self._chosen_step = self._fitted_step
         self._for_decoding = n_decoding
         self._groups = self._best_groups(n_decoding)
         if self._step >= self._probe_until + 2 * self._groups:
@@ -248,8 +240,8 @@ class Pacing:
     def _look_further(self, n_decoding: int) -> None:
         """Send the next few steps in other groups if what decides between them is not known."""
         slowest_s, all_s, _ = self._times_s(n_decoding + self._n_beside, n_decoding)
-        if all_s + self._network_s <= slowest_s * (1 + _KEPT):
-            return  # one stage and a short way: nothing idles as it is
+        if self._groups == 1 and all_s + self._network_s <= slowest_s * (1 + _WORTH):
+            return  # one stage and a short way: hardly anything idles
         if self._n_beside > n_decoding / self._groups:
             return  # prompts fill every step up to the same size, whatever the groups
         most, fewer = min(n_decoding, MAX_GROUPS), self._groups - max(1, self._groups // 3)

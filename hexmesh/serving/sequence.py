@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from hexmesh.serving.past import PastTokens
 from hexmesh.serving.prefix import PrefixChain
-from hexmesh.wire.data import FinishReason, Generate, SampledToken, SamplingParams
+from hexmesh.wire.data import FinishReason, Generate, SampledToken, SamplingParams, ScoredToken
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -21,6 +22,14 @@ class Sequence:
     max_tokens: int
     stop_token_ids: frozenset[int]
     sampling: SamplingParams
+    min_tokens: int = 0
+    """Until its output has as many, no stop token is drawn."""
+    n_prompt_logprobs: int = -1
+    """0 or more: the prompt is scored, with as many of the likeliest tokens at each position."""
+    n_scored: int = 0
+    """Prompt tokens after the first that have a score."""
+    past: PastTokens | None = None
+    """Kept where penalties need it."""
     priority: int = 0
     """The lower, the sooner."""
     deadline_s: float = math.inf
@@ -75,6 +84,22 @@ class Sequence:
             self.is_taken_up = True
             self.n_cached = min(n_computed, self.n_prompt)
 
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether prompt tokens wait for a score."""
+        return self.n_prompt_logprobs >= 0 and self.n_scored < self.n_prompt - 1
+
+    def take_scores(self, first: int, scores: list[ScoredToken]) -> list[ScoredToken]:
+        """Scores of the prompt tokens after position `first` on; those that are news.
+
+        None are where there is a gap before them: their step relied on one that was lost.
+        """
+        if first > self.n_scored:
+            return []
+        new = scores[self.n_scored - first :]
+        self.n_scored += len(new)
+        return new
+
     def accept(self, sampled: SampledToken) -> FinishReason | None:
         """Append a drawn token; the reason when it was the last one."""
         self.tokens.append(sampled.token_id)
@@ -87,7 +112,7 @@ class Sequence:
 
 def sequence_of(message: Generate) -> Sequence:
     """The sequence that a gateway asks for: what was emitted by earlier attempts is replayed like a prompt."""
-    return Sequence(
+    sequence = Sequence(
         id=message.sequence,
         attempt=message.attempt,
         tokens=[*message.prompt, *message.emitted],
@@ -95,4 +120,11 @@ def sequence_of(message: Generate) -> Sequence:
         max_tokens=message.max_tokens,
         stop_token_ids=frozenset(message.stop_token_ids),
         sampling=message.sampling,
+        min_tokens=message.min_tokens,
+        n_prompt_logprobs=message.n_prompt_logprobs,
+        n_scored=message.n_scored,
+        past=PastTokens(message.prompt, message.sampling) if message.sampling.needs_past else None,
+        priority=message.priority,
     )
+    sequence.reuses_prefix = not sequence.needs_prompt_logits
+    return sequence

@@ -19,27 +19,85 @@ MAX_STEP_TOKENS = 4096
 """Many times what a driver batches: it bounds what the attention of one hostile step can allocate."""
 
 MAX_STAGES = 1024
+MAX_DRAFTS = 64
+"""Guesses that one row may bring."""
+MAX_LOGIT_BIAS = 300
+"""Tokens that one request may push up or down."""
+MAX_STOP_TOKENS = 256
+"""Tokens that end one request's answers."""
+MAX_LOGPROBS = 20
+"""Likeliest tokens that are named beside a token."""
+MAX_PAST_BYTES = 512 * 1024
+"""Of one list of a row's past. What tokens of one context come to is far below it."""
 
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 _Share = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _Seconds = Annotated[float, msgspec.Meta(ge=0.0)]
+_Penalty = Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)]
+_Bias = tuple[_Id, Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]]
+_StopTokens = Annotated[list[_Id], msgspec.Meta(max_length=MAX_STOP_TOKENS)]
+_Packed = Annotated[bytes, msgspec.Meta(max_length=MAX_PAST_BYTES)]
 _Pools = Annotated[list[Annotated[str, msgspec.Meta(max_length=256)]], msgspec.Meta(max_length=MAX_STAGES)]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """How to draw a token. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave the filter out."""
+    """How to draw a token. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave the filter out.
+
+    The order is bias, penalties, barred tokens, temperature, top_k, top_p, min_p.
+    """
 
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=1e6)] = 0.0
     top_p: _Share = 1.0
     top_k: _Id = 0
     min_p: _Share = 0.0
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=0.01, le=100.0)] = 1.0
+    """Logits of tokens in prompt and output are divided by it, or multiplied where they are below 0."""
+    presence_penalty: _Penalty = 0.0
+    """Taken off the logit of every token in the output."""
+    frequency_penalty: _Penalty = 0.0
+    """Taken off as often as the output has the token."""
+    logit_bias: Annotated[list[_Bias], msgspec.Meta(max_length=MAX_LOGIT_BIAS)] = []
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     """Philox key; 0 <= seed < 2**63."""
     choice: _Id = 0
     """Which of a request's n answers this is: first half of the Philox counter."""
-    n_logprobs: Annotated[int, msgspec.Meta(ge=-1, le=1024)] = -1
+    n_logprobs: Annotated[int, msgspec.Meta(ge=-1, le=MAX_LOGPROBS)] = -1
     """-1: no log-probabilities; 0: of the drawn token; k: also of the k likeliest tokens."""
+
+    @property
+    def needs_past(self) -> bool:
+        """Whether a draw depends on which tokens came before."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class Past(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Which tokens a sequence holds already, drafts left out: what its penalties need, each list packed.
+
+    See `hexmesh.wire.token_lists`. Stages remember nothing of a sequence, so it comes with every draw.
+    """
+
+    prompt: _Packed = b""
+    """Distinct tokens of the prompt; empty without a repetition penalty."""
+    output: _Packed = b""
+    """Distinct tokens of the output."""
+    counts: _Packed = b""
+    """How often each of `output` came."""
+
+
+class Barred(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Tokens that the row's first `n_draws` draws may not give: an answer's ends before its least length."""
+
+    token_ids: _StopTokens
+    n_draws: Annotated[int, msgspec.Meta(ge=1, le=MAX_DRAFTS + 1)] = 1
+
+
+class Scoring(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """Prompt tokens whose log-probability is wanted: `followers[i]` follows the row's token `first + i`."""
+
+    first: _Id
+    followers: Annotated[list[_Id], msgspec.Meta(max_length=MAX_STEP_TOKENS)]
+    n_top: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] = 0
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -51,6 +109,12 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """The sequence's whole block table: block i holds positions [i * block_tokens, (i + 1) * block_tokens)."""
     sample: SamplingParams | None = None
     """Set when the token after this row's last one is wanted."""
+    drafts: Annotated[list[_Id], msgspec.Meta(max_length=MAX_DRAFTS)] = []
+    """The row's last tokens where they are guesses: a token is drawn before, between and after them."""
+    past: Past | None = None
+    """With `sample`, where its penalties need it."""
+    barred: Barred | None = None
+    scoring: Scoring | None = None
 
 
 class SampledToken(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -58,6 +122,15 @@ class SampledToken(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     token_id: int
     logprob: float | None = None
+    top: list[tuple[int, float]] = []
+
+
+class ScoredToken(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+    """A prompt token with its log-probability, its place among all tokens (1: the likeliest), and the likeliest."""
+
+    token_id: int
+    logprob: float
+    rank: int
     top: list[tuple[int, float]] = []
 
 
@@ -81,12 +154,15 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """From the last stage to the driver: one sampled token for each row that asked, in row order."""
+    """From the last stage to the driver: a list for each row that asked, in row order."""
 
     epoch: Epoch
     replica: str
     step: int
-    sampled: list[SampledToken]
+    sampled: list[list[SampledToken]]
+    """One token, or one more than the row brought drafts: what was drawn where each draft stands, and after."""
+    scored: list[list[ScoredToken]] = []
+    """For each row with a `scoring`, all of its followers."""
     stage_seconds: list[_Seconds]
     pools: _Pools = []
 
@@ -117,8 +193,18 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     emitted: list[int]
     max_tokens: int
     """Output tokens in all, emitted ones included."""
-    stop_token_ids: list[int]
+    stop_token_ids: _StopTokens
     sampling: SamplingParams
+    min_tokens: _Count = 0
+    """Until the output has as many, no stop token is drawn."""
+    n_prompt_logprobs: Annotated[int, msgspec.Meta(ge=-1, le=MAX_LOGPROBS)] = -1
+    """0 or more: score the prompt, and name as many of the likeliest tokens at each position."""
+    n_scored: _Count = 0
+    """Prompt tokens that were scored by earlier attempts; the first token has no score and is not counted."""
+    priority: int = 0
+    """Lower comes first."""
+    timeout_s: _Seconds | None = None
+    """What is left of the request's time; nobody waits for it after that."""
 
 
 class Generated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -129,6 +215,15 @@ class Generated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     first: _Count
     tokens: list[SampledToken]
     finish_reason: FinishReason | None = None
+
+
+class PromptScored(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Driver to gateway: scores of the prompt, `first` having been given before; in order, before any token."""
+
+    sequence: str
+    attempt: int
+    first: _Count
+    scores: list[ScoredToken]
 
 
 class GenerateFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -177,6 +272,7 @@ DATA_MESSAGE = (
     | StepRefused
     | Generate
     | Generated
+    | PromptScored
     | GenerateFailed
     | GenerateCancel
     | ReplicaIdle

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from hexmesh.plan import DtypeName
-from hexmesh.wire.data import Row, SampledToken
+from hexmesh.wire.data import Row, SampledToken, ScoredToken
 
 FailureKind = Literal["invalid", "refused", "no_room", "broken"]
 """Whose doing a failure was: the files or the order, our rules, the budget, or a step that broke."""
@@ -98,7 +98,8 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     stage: str
     step: int
     compute_s: float
-    sampled: list[SampledToken]
+    sampled: list[list[SampledToken]]
+    scored: list[list[ScoredToken]] = []
 
 
 class MeasureDevice(msgspec.Struct, frozen=True, kw_only=True, tag=True):

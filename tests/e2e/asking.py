@@ -11,7 +11,15 @@ from typing import Any
 from daemon.terminal.client import Client
 from tools.soak.right_tokens import MIN_MARGIN, greedy, reference, token_ids
 
-__all__ = ["Stream", "expected", "expected_logprobs", "reference", "token_ids"]
+__all__ = [
+    "Stream",
+    "expected",
+    "expected_logprobs",
+    "penalised",
+    "prompt_logprobs",
+    "reference",
+    "token_ids",
+]
 
 
 @dataclass
@@ -52,11 +60,38 @@ def expected(prompt: list[int], n_tokens: int) -> list[int]:
 
 def expected_logprobs(prompt: list[int], n_tokens: int) -> list[float]:
     """Natural-log probabilities that transformers gives the greedy tokens."""
+    return prompt_logprobs(prompt + expected(prompt, n_tokens))[len(prompt) - 1 :]
+
+
+def prompt_logprobs(prompt: list[int]) -> list[float]:
+    """Natural-log probabilities that transformers gives the tokens of a prompt, the first left out."""
     import torch
 
     model, _ = reference()
-    tokens = prompt + expected(prompt, n_tokens)
     with torch.inference_mode():
-        logits = model(torch.tensor([tokens])).logits[0]
+        logits = model(torch.tensor([prompt])).logits[0]
     scores = torch.log_softmax(logits.float(), dim=-1)
-    return [float(scores[at - 1, tokens[at]]) for at in range(len(prompt), len(tokens))]
+    return [float(scores[at - 1, prompt[at]]) for at in range(1, len(prompt))]
+
+
+def penalised(prompt: list[int], n_tokens: int, *, repetition_penalty: float) -> list[int]:
+    """What transformers generates greedily with a penalty, never ending; asserts that no step was a near tie."""
+    import torch
+
+    model, tokenizer = reference()
+    with torch.inference_mode():
+        output = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=n_tokens,
+            min_new_tokens=n_tokens,
+            do_sample=False,
+            repetition_penalty=repetition_penalty,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    best_two = torch.stack(output.scores)[:, 0].topk(2).values
+    assert float((best_two[:, 0] - best_two[:, 1]).min()) > MIN_MARGIN, "near tie: choose another prompt"
+    return [int(token) for token in output.sequences[0, len(prompt) :]]

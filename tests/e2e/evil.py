@@ -170,7 +170,7 @@ class Evil:
         times = [0.1] * len(self._spied.stages)
         first = self._rng.randrange(2000)
         for n in range(first, first + 20):
-            yield StepResult(epoch=epoch, replica=replica, step=n, sampled=wrong, stage_seconds=times), b""
+            yield StepResult(epoch=epoch, replica=replica, step=n, sampled=[wrong], stage_seconds=times), b""
             for stage in (0, 1, -1, 99):
                 yield (
                     StepRefused(epoch=epoch, replica=replica, stage=stage, step=n, reason="I say so"),

@@ -35,7 +35,7 @@ from daemon.web.service import GenerationPart, GenerationRequest, ServedModel
 from daemon.web.telemetry import Telemetry
 from daemon.web.text import TextCodec
 from hexmesh.errors import HexmeshError, NoRoom
-from hexmesh.wire.data import SampledToken
+from hexmesh.wire.data import SampledToken, ScoredToken
 from hexmesh.wire.orders import NodeStanding, OrderAction
 
 SHIPPED = Path(hexmesh.__file__).parent / "assets" / "model"
@@ -119,6 +119,10 @@ class FakeService:
             await asyncio.sleep(self.delay_s)
             if self.refusal is not None:
                 raise self.refusal
+            if request.n_prompt_logprobs >= 0:
+                for half in halves(request.prompt[1:]):
+                    scores = [scored(token, request.n_prompt_logprobs) for token in half]
+                    yield GenerationPart(tokens=[], finish_reason=None, scores=scores)
             tokens = self.script(request)
             n_tokens = min(len(tokens), request.max_tokens)
             for start in range(0, n_tokens, self.tokens_a_part):
@@ -282,6 +286,18 @@ def sampled(token_id: int, n_logprobs: int) -> SampledToken:
         return SampledToken(token_id=token_id)
     top = [((token_id + n) % 1024, -0.5 - n) for n in range(n_logprobs)]
     return SampledToken(token_id=token_id, logprob=-0.5, top=top)
+
+
+def scored(token_id: int, n_top: int) -> ScoredToken:
+    """The prompt token as the second likeliest of made-up ones."""
+    top = [((token_id + 1 - n) % 1024, -0.25 * (n + 1)) for n in range(n_top)]
+    return ScoredToken(token_id=token_id, logprob=-0.5, rank=2, top=top)
+
+
+def halves(tokens: list[int]) -> list[list[int]]:
+    """As a prompt in two chunks."""
+    middle = len(tokens) // 2
+    return [half for half in (tokens[:middle], tokens[middle:]) if half]
 
 
 @asynccontextmanager

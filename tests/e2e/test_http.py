@@ -23,6 +23,7 @@ from daemon.web.completer import seed_of
 from daemon.web.http import HttpSurface
 from hexmesh import metrics
 from hexmesh.errors import Busy, InvalidInput, Lost, NotReady, TimedOut
+from hexmesh.wire.data import SamplingParams
 from tests.e2e.fake_service import BLOCKER, EOS, REPLY, FakeService, serving
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -579,20 +580,13 @@ async def test_neutral_and_unknown_fields_are_accepted(session: ClientSession, p
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -1),
-        ("repetition_penalty", 1.1),
         ("best_of", 3),
-        ("logit_bias", {"5": 1}),
-        ("echo", True),
         ("suffix", "end"),
-        ("min_tokens", 3),
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}),
         ("guided_json", {}),
         ("continue_final_message", True),
-        ("prompt_logprobs", 0),
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate"])
@@ -605,6 +599,124 @@ async def test_unsupported_parameters_are_refused_by_name(
     assert name in answer["error"]["message"]
     assert headers["x-should-retry"] == "false"
     assert service.asked == []
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [
+        ("/v1/chat/completions", "echo", True),
+        ("/generate", "echo", True),
+        ("/generate", "prompt_logprobs", 0),
+        ("/generate", "return_token_ids", True),
+    ],
+)
+async def test_what_one_route_takes_another_may_refuse(
+    session: ClientSession, path: str, name: str, value: object
+) -> None:
+    base: dict[str, object] = {"prompt": "hi"} if path == "/generate" else CHAT
+    status, answer, _ = await post(session, path, {**base, name: value})
+    assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "unsupported_parameter", name)
+
+
+SAMPLED: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 7,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.25,
+    "logit_bias": {"5": 1, "1023": -100},
+    "seed": 3,
+}
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/generate"])
+async def test_everything_that_sampling_knows_reaches_the_service(
+    service: FakeService, session: ClientSession, path: str
+) -> None:
+    base: dict[str, object] = {"prompt": "hi"} if path == "/generate" else {**CHAT, **PROMPT}
+    extra = {"min_tokens": 2, "priority": -4}
+    status, answer, _ = await post(session, path, {**base, **SAMPLED, **extra, "max_tokens": 50})
+    assert status == 200, answer
+    (asked,) = service.asked
+    bias = [(5, 1.0), (1023, -100.0)]
+    assert asked.sampling == SamplingParams(**{**SAMPLED, "logit_bias": bias})
+    assert (asked.min_tokens, asked.priority, asked.n_prompt_logprobs) == (2, -4, -1)
+
+
+async def test_a_stop_string_is_not_looked_for_before_min_tokens(
+    service: FakeService, session: ClientSession
+) -> None:
+    service.replies = ("1212",)
+    body = {**PROMPT, "stop": "2"}
+    texts = []
+    for min_tokens in (0, 2, 3, 4):
+        _, answer, _ = await post(session, "/v1/completions", {**body, "min_tokens": min_tokens})
+        texts.append((answer["choices"][0]["text"], answer["choices"][0]["stop_reason"]))
+    assert texts == [("1", "2"), ("121", "2"), ("121", "2"), ("1212", None)]
+
+
+async def test_sdk_echo_begins_with_the_prompt(service: FakeService) -> None:
+    service.replies = ("12",)
+    prompt = service.codec.encode("Köln hi")
+    async with sdk(service) as client:
+        asked: dict[str, Any] = {"model": "tiny", "prompt": "Köln hi", "echo": True}
+        plain = await client.completions.create(**asked)
+        scored = await client.completions.create(**asked, logprobs=1)
+        stream = await client.completions.create(**asked, logprobs=1, stream=True)
+        chunks = [chunk async for chunk in stream]
+        none = await client.completions.create(**asked, logprobs=0, max_tokens=0)
+    assert [one.choices[0].text for one in (plain, scored, none)] == ["Köln hi12", "Köln hi12", "Köln hi"]
+    logprobs = scored.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert logprobs.tokens[1:] == [*(service.codec.token_text(token) for token in prompt[1:]), "1", "2"]
+    assert logprobs.token_logprobs == [None, *[-0.5] * (len(prompt) + 1)]
+    assert logprobs.top_logprobs is not None
+    assert logprobs.top_logprobs[0] is None
+    assert len(logprobs.top_logprobs[1]) == 2  # the likeliest and the prompt's own
+    assert logprobs.text_offset is not None
+    assert logprobs.text_offset[-2:] == [7, 8]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "Köln hi12"
+    streamed = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
+    assert [token for part in streamed for token in part.tokens or []] == logprobs.tokens
+    assert none.choices[0].logprobs is not None
+    assert none.choices[0].logprobs.token_logprobs == [None, *[-0.5] * (len(prompt) - 1)]
+    assert none.choices[0].finish_reason == "length"
+    assert none.usage is not None
+    assert (none.usage.prompt_tokens, none.usage.completion_tokens) == (len(prompt), 0)
+    assert [asked.n_prompt_logprobs for asked in service.asked] == [-1, 1, 1, 0]
+
+
+async def test_prompt_logprobs_are_shaped_as_vllm_shapes_them(
+    service: FakeService, session: ClientSession
+) -> None:
+    body = {"prompt": [0, 70, 71], "max_tokens": 2, "prompt_logprobs": 1, "return_token_ids": True, "n": 2}
+    _, answer, _ = await post(session, "/v1/completions", body)
+    text = service.codec.token_text
+    expected = [
+        None,
+        *(
+            {
+                str(token + 1): {"logprob": -0.25, "rank": 1, "decoded_token": text(token + 1)},
+                str(token): {"logprob": -0.5, "rank": 2, "decoded_token": text(token)},
+            }
+            for token in (70, 71)
+        ),
+    ]
+    for choice in answer["choices"]:
+        assert choice["prompt_logprobs"] == expected
+        assert choice["prompt_token_ids"] == [0, 70, 71]
+        assert choice["token_ids"] == service.codec.encode(REPLY, add_special_tokens=False)[:2]
+    assert [asked.n_prompt_logprobs for asked in service.asked] == [1, -1]  # a prompt is scored once
+
+    _, chat, _ = await post(
+        session, "/v1/chat/completions", {**CHAT, "prompt_logprobs": 0, "return_token_ids": True}
+    )
+    assert len(chat["prompt_logprobs"]) == len(chat["prompt_token_ids"]) == chat["usage"]["prompt_tokens"]
+    assert len(chat["choices"][0]["token_ids"]) == chat["usage"]["completion_tokens"]
+    assert "prompt_logprobs" not in chat["choices"][0]
 
 
 BAD_BODIES: list[tuple[str, bytes, str, str | None]] = [
@@ -625,7 +737,30 @@ BAD_BODIES: list[tuple[str, bytes, str, str | None]] = [
     ("/v1/completions", b'{"prompt": [1024]}', "invalid_value", "prompt"),
     ("/v1/completions", b'{"prompt": ["a", "b"], "n": 100}', "invalid_value", "prompt"),
     ("/v1/completions", b'{"prompt": "a", "max_tokens": 0}', "invalid_value", "max_tokens"),
+    ("/v1/completions", b'{"prompt": "a", "max_tokens": -1, "echo": true}', "invalid_value", "max_tokens"),
     ("/v1/completions", b'{"prompt": "a", "max_tokens": "7"}', "invalid_value", "max_tokens"),
+    ("/v1/completions", b'{"prompt": "a", "min_tokens": 17}', "invalid_value", "min_tokens"),
+    ("/v1/completions", b'{"prompt": "a", "presence_penalty": 2.1}', "invalid_value", "presence_penalty"),
+    ("/v1/completions", b'{"prompt": "a", "frequency_penalty": -3}', "invalid_value", "frequency_penalty"),
+    ("/v1/completions", b'{"prompt": "a", "repetition_penalty": 0}', "invalid_value", "repetition_penalty"),
+    ("/v1/completions", b'{"prompt": "a", "logit_bias": {"5": 101}}', "invalid_value", "logit_bias"),
+    ("/v1/completions", b'{"prompt": "a", "logit_bias": {"x": 1}}', "invalid_value", "logit_bias"),
+    ("/v1/completions", b'{"prompt": "a", "logit_bias": {"1024": 1}}', "invalid_value", "logit_bias"),
+    ("/v1/completions", b'{"prompt": "a", "logit_bias": [5]}', "invalid_value", "logit_bias"),
+    ("/v1/completions", b'{"prompt": "a", "priority": 4294967296}', "invalid_value", "priority"),
+    ("/v1/completions", b'{"prompt": "a", "prompt_logprobs": 21}', "invalid_value", "prompt_logprobs"),
+    (
+        "/v1/completions",
+        b'{"prompt": "a", "prompt_logprobs": 1, "stream": true}',
+        "invalid_value",
+        "prompt_logprobs",
+    ),
+    (
+        "/v1/completions",
+        b'{"prompt": "a", "return_token_ids": true, "stream": true}',
+        "invalid_value",
+        "return_token_ids",
+    ),
     ("/v1/completions", b'{"prompt": "a", "temperature": 3}', "invalid_value", "temperature"),
     ("/v1/completions", b'{"prompt": "a", "temperature": NaN}', "invalid_value", "temperature"),
     ("/v1/completions", b'{"prompt": "a", "temperature": true}', "invalid_value", "temperature"),

@@ -16,7 +16,7 @@ import pytest
 from openai import APIStatusError, BadRequestError, NotFoundError, OpenAI
 
 from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
-from tests.e2e.asking import Stream, expected, expected_logprobs, token_ids
+from tests.e2e.asking import Stream, expected, expected_logprobs, penalised, prompt_logprobs, token_ids
 
 FLAGS = ("--device", "cpu", "--threads", "1")
 QUESTION = "What is a KV cache?"
@@ -126,6 +126,39 @@ def test_log_probabilities_are_those_of_transformers(mesh: LocalMesh) -> None:
     assert all(len(top) == 2 for top in logprobs.top_logprobs or [])
 
 
+def test_a_scored_and_echoed_prompt_is_scored_as_by_transformers(mesh: LocalMesh) -> None:
+    prompt = token_ids("Define goodput. " * 40)  # more than one step takes
+    wanted = [None, *(pytest.approx(one, abs=1e-3) for one in prompt_logprobs(prompt))]
+    with openai_client(mesh.daemons[2]) as client:
+        model = client.models.list().data[0].id
+        scored = client.completions.create(model=model, prompt=prompt, max_tokens=0, echo=True, logprobs=1)
+        named = client.completions.create(
+            model=model, prompt=prompt, max_tokens=3, temperature=0, extra_body={"prompt_logprobs": 0}
+        )
+    logprobs = scored.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs == wanted
+    assert scored.choices[0].text == "Define goodput. " * 40
+    told = named.choices[0].model_extra["prompt_logprobs"]  # type: ignore[index]
+    own = [at and at[str(token)]["logprob"] for at, token in zip(told, prompt, strict=True)]
+    assert own == wanted
+
+
+def test_penalties_are_those_of_transformers(mesh: LocalMesh) -> None:
+    prompt = token_ids(QUESTION)
+    with openai_client(mesh.daemons[1]) as client:
+        answer = client.completions.create(
+            model=client.models.list().data[0].id,
+            prompt=prompt,
+            max_tokens=24,
+            temperature=0,
+            extra_body={"repetition_penalty": 1.3, "min_tokens": 24, "return_token_ids": True},
+        )
+    assert answer.choices[0].model_extra is not None
+    told = answer.choices[0].model_extra["token_ids"]
+    assert told == penalised(prompt, 24, repetition_penalty=1.3)
+
+
 def test_several_answers_to_one_prompt_differ_and_repeat_with_the_seed(mesh: LocalMesh) -> None:
     with openai_client(mesh.daemons[2]) as client:
 
@@ -197,7 +230,7 @@ def test_bad_requests_get_openai_shaped_errors(mesh: LocalMesh) -> None:
         with pytest.raises(BadRequestError) as too_long:
             client.completions.create(model=model, prompt=[5] * 4000)
         with pytest.raises(BadRequestError) as unsupported:
-            client.completions.create(model=model, prompt="x", presence_penalty=1.0)
+            client.completions.create(model=model, prompt="x", suffix="y")
     codes = [error_code(error.value) for error in (unknown, too_long, unsupported)]
     assert codes == ["model_not_found", "context_length_exceeded", "unsupported_parameter"]
 
@@ -279,7 +312,7 @@ async def test_a_full_queue_says_when_to_come_back_and_empties_when_clients_leav
             async with session.post(f"{mesh.daemons[at % 3].url}/generate", json=body) as response:
                 return response.status
 
-        asked = [asyncio.create_task(ask(at)) for at in range(110)]
+        asked = [asyncio.create_task(ask(at)) for at in range(560)]
         done, waiting = await asyncio.wait(asked, timeout=60, return_when=asyncio.FIRST_COMPLETED)
         assert {task.result() for task in done} == {429}
         async with session.post(f"{mesh.daemons[0].url}/generate", json=body) as response:

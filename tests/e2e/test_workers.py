@@ -94,7 +94,7 @@ async def generate(*stages: tuple[Worker, str]) -> list[int]:
             done, payload = await worker.run_step(step_of(stage, number, n_computed, len(new)), payload)
         assert done.compute_s > 0
         n_computed = len(tokens)
-        tokens.append(done.sampled[0].token_id)
+        tokens.append(done.sampled[0][0].token_id)
     return tokens[len(PROMPT) :]
 
 
@@ -128,7 +128,7 @@ async def test_steps_in_flight_come_back_to_their_callers(
     )
 
     assert [done.step for done, _ in answers] == list(range(20))
-    assert {done.sampled[0].token_id for done, _ in answers} == {expected[0]}
+    assert {done.sampled[0][0].token_id for done, _ in answers} == {expected[0]}
 
 
 async def test_a_stage_loads_while_another_runs_and_reuses_its_layers(
@@ -171,7 +171,7 @@ async def test_deferred_pool_runs_its_steps_once_there_is_room(
 
     async with asyncio.timeout(20):
         done, payload = await waiting
-    assert (done.sampled[0].token_id, len(payload)) == (expected[0], 0)
+    assert (done.sampled[0][0].token_id, len(payload)) == (expected[0], 0)
 
 
 async def test_failure_of_a_deferred_stage_is_reported(worker: Worker, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def run_step(stages: list[Stage], rows: list[Row], tokens: list[int]) -> list[Sa
     for stage in stages:
         output = stage.run(rows, payload)
         if output.hidden is None:
-            return output.sampled
+            return [token for (token,) in output.sampled]
         payload = output.hidden
     raise AssertionError("the last stage gave no tokens")
 

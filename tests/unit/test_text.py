@@ -333,6 +333,48 @@ def test_how_text_is_cut_into_pushes_changes_nothing(
         assert ("".join(shown), matched) == (kept, expected)
 
 
+@settings(deadline=None, max_examples=200)
+@given(
+    text=st.text("ab#", max_size=20),
+    cuts=st.lists(st.integers(0, 20), max_size=6),
+    stop=st.lists(st.text("ab#", min_size=1, max_size=4), min_size=1, max_size=3),
+    n_exempt=st.integers(0, 20),
+)
+def test_a_stop_string_counts_where_it_ends_after_what_may_not_stop(
+    text: str, cuts: list[int], stop: list[str], n_exempt: int
+) -> None:
+    n_exempt = min(n_exempt, len(text))
+    bounds = sorted({0, n_exempt, *(min(cut, len(text)) for cut in cuts), len(text)})
+    scanner = StopScanner(stop, include=False)
+    shown = ""
+    for a, b in pairwise(bounds):
+        if scanner.matched is None:
+            shown += scanner.push(text[a:b], may_match=b > n_exempt)
+    shown += scanner.finish() if scanner.matched is None else ""
+
+    ends = [
+        (end, -len(s)) for end in range(n_exempt + 1, len(text) + 1) for s in stop if text[:end].endswith(s)
+    ]
+    end, negative_length = min(ends, default=(len(text), 0))
+    assert shown == text[: end + negative_length]
+    assert (scanner.matched is None) == (not ends)
+
+
+def test_the_prompt_is_echoed_with_its_tokens_and_stops_nothing(shipped: TextCodec) -> None:
+    prompt = [SampledToken(token_id=token_id) for token_id in shipped.encode("one stop")]
+    answer = AnswerText(shipped.stream([], skip_special_tokens=True), StopScanner(["stop"], include=False))
+
+    shown = answer.echo(prompt)
+    for token_id in shipped.encode(" and stop", add_special_tokens=False):
+        if answer.matched_stop is None:
+            shown += answer.push(SampledToken(token_id=token_id))
+
+    assert (shown, answer.matched_stop) == ("one stop and ", "stop")
+    placed = answer.take_placed(is_last=True)
+    assert [one.token for one in placed[: len(prompt)]] == prompt
+    assert [shown[one.text_offset :][:3] for one in placed if one.text_offset in (0, 8)][-1] == " an"
+
+
 def answer_of(codec: TextCodec, text: str, stop: list[str]) -> tuple[str, list[tuple[str, int]]]:
     """Text and placed tokens of an answer."""
     answer = AnswerText(codec.stream([], skip_special_tokens=True), StopScanner(stop, include=False))

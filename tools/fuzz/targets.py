@@ -170,7 +170,7 @@ def _messages() -> Iterator[bytes]:
     messages: tuple[msgspec.Struct, ...] = (
         Step(epoch=epoch, cert=cert, replica="r0", stage=0, step=1, driver="a", rows=[row]),
         StepResult(
-            epoch=epoch, replica="r0", step=1, sampled=[SampledToken(token_id=1)], stage_seconds=[0.1]
+            epoch=epoch, replica="r0", step=1, sampled=[[SampledToken(token_id=1)]], stage_seconds=[0.1]
         ),
         Generate(
             sequence="a/b-0",

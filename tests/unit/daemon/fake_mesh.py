@@ -37,11 +37,14 @@ from hexmesh.wire.data import (
     GenerateCancel,
     Generated,
     GenerateFailed,
+    PromptScored,
     ReplicaIdle,
     ReplicaStats,
     Row,
     SampledToken,
     SamplingParams,
+    ScoredToken,
+    Scoring,
     Step,
     StepRefused,
     StepResult,
@@ -64,6 +67,11 @@ def answer_to(prompt: list[int], n_tokens: int) -> list[int]:
     for _ in range(n_tokens):
         tokens.append(next_token(tokens))
     return tokens[len(prompt) :]
+
+
+def scores_of(scoring: Scoring) -> list[ScoredToken]:
+    """The fake model's scores: a token's log-probability is its negative."""
+    return [ScoredToken(token_id=token, logprob=float(-token), rank=1) for token in scoring.followers]
 
 
 class FakeWorker:
@@ -119,9 +127,12 @@ class FakeWorker:
         pool = self._pools[self._pool_names[order.stage]]
         tokens = array("q", bytes(payload))
         sampled = []
+        scored = [scores_of(row.scoring) for row in order.rows if row.scoring is not None]
         for row in order.rows:
-            sampled += self._run_row(pool, row, [tokens.pop(0) for _ in range(row.n_tokens)])
-        return StepDone(stage=order.stage, step=order.step, compute_s=0.001, sampled=sampled), bytes(payload)
+            answer = self._run_row(pool, row, [tokens.pop(0) for _ in range(row.n_tokens)])
+            sampled += [answer] if answer else []
+        done = StepDone(stage=order.stage, step=order.step, compute_s=0.001, sampled=sampled, scored=scored)
+        return done, bytes(payload)
 
     def _run_row(self, pool: dict[tuple[int, int], int], row: Row, tokens: list[int]) -> list[SampledToken]:
         for position, token in enumerate(tokens, start=row.start):
@@ -247,7 +258,7 @@ class FakeNode:
                 self.stages.on_step(message, payload)
             case StepResult() | StepRefused() | GenerateCancel() | Generate():
                 self._to_driver(src, message)
-            case Generated() | GenerateFailed():
+            case Generated() | PromptScored() | GenerateFailed():
                 self.gateway.on_message(src, message)
             case ReplicaIdle():
                 self.epochs.on_idle(message)

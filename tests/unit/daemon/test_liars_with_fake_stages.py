@@ -16,6 +16,7 @@ from hexmesh.wire.data import (
     Row,
     SampledToken,
     SamplingParams,
+    ScoredToken,
     Step,
     StepRefused,
     StepResult,
@@ -30,22 +31,41 @@ def no_tokens(result: StepResult) -> StepResult:
 
 
 def too_many_tokens(result: StepResult) -> StepResult:
-    return msgspec.structs.replace(result, sampled=[SampledToken(token_id=1)] * 9)
+    return msgspec.structs.replace(result, sampled=[[SampledToken(token_id=1)]] * 9)
 
 
 def no_such_token(result: StepResult) -> StepResult:
-    return msgspec.structs.replace(result, sampled=[SampledToken(token_id=VOCABULARY)])
+    return msgspec.structs.replace(result, sampled=[[SampledToken(token_id=VOCABULARY)]])
 
 
 def a_negative_token(result: StepResult) -> StepResult:
-    return msgspec.structs.replace(result, sampled=[SampledToken(token_id=-1)])
+    return msgspec.structs.replace(result, sampled=[[SampledToken(token_id=-1)]])
+
+
+def two_tokens_for_a_row(result: StepResult) -> StepResult:
+    return msgspec.structs.replace(result, sampled=[[SampledToken(token_id=1)] * 2])
+
+
+def a_likely_token_that_does_not_exist(result: StepResult) -> StepResult:
+    token = SampledToken(token_id=1, logprob=-1.0, top=[(VOCABULARY, -0.5)])
+    return msgspec.structs.replace(result, sampled=[[token]])
+
+
+def scores_nobody_asked_for(result: StepResult) -> StepResult:
+    return msgspec.structs.replace(result, scored=[[ScoredToken(token_id=1, logprob=-1.0, rank=1)]])
+
+
+LIES = [
+    *(no_tokens, too_many_tokens, no_such_token, a_negative_token, two_tokens_for_a_row),
+    *(a_likely_token_that_does_not_exist, scores_nobody_asked_for),
+]
 
 
 def no_times(result: StepResult) -> StepResult:
     return msgspec.structs.replace(result, stage_seconds=[])
 
 
-@pytest.mark.parametrize("lie", [no_tokens, too_many_tokens, no_such_token, a_negative_token, no_times])
+@pytest.mark.parametrize("lie", [*LIES, no_times])
 async def test_a_last_stage_that_lies_breaks_its_replica_and_no_request(
     lie: Callable[[StepResult], StepResult],
 ) -> None:

@@ -10,8 +10,18 @@ from typing import Any, cast
 import pytest
 
 from daemon.gateway import Flight
+from daemon.web.service import GenerationPart, GenerationRequest
 from hexmesh.errors import InvalidInput, NotReady, TimedOut
-from hexmesh.wire.data import Generated, SampledToken, Step, StepResult
+from hexmesh.wire.data import (
+    Generate,
+    Generated,
+    PromptScored,
+    SampledToken,
+    SamplingParams,
+    ScoredToken,
+    Step,
+    StepResult,
+)
 from tests.unit.daemon.fake_mesh import VOCABULARY, FakeMesh, FakeWorker, answer_to, fake_mesh
 
 
@@ -84,6 +94,76 @@ async def test_what_ran_over_a_node_that_is_not_heard_is_replayed_without_anyone
             await mesh.commit(left)
 
         assert await answer_while(mesh, "b", cut_and_plan) == answer_to(PROMPT, 30)
+
+
+@pytest.mark.parametrize(("victim", "left"), [("c", "ab"), ("a", "cb")], ids=["stage", "driver"])
+async def test_a_prompts_scores_come_once_and_whole_though_a_node_dies_amid_them(
+    victim: str, left: str
+) -> None:
+    prompt = list(range(100, 170))  # in chunks of 16 tokens
+    parts: list[GenerationPart] = []
+    told: list[int] = []
+
+    def note(message: object) -> bool:
+        if isinstance(message, Generate):
+            told.append(message.n_scored)
+        return False
+
+    async with fake_mesh("abc") as mesh:
+        await mesh.commit("abc")
+        request = GenerationRequest(
+            request_id="r",
+            sequence="r",
+            prompt=prompt,
+            max_tokens=3,
+            stop_token_ids=[],
+            sampling=SamplingParams(),
+            timeout_s=20.0,
+            n_prompt_logprobs=0,
+        )
+        killed = None
+        mesh.lose = note
+        async with aclosing(mesh.nodes["b"].gateway.generate(request)) as stream:
+            async for part in stream:
+                parts.append(part)
+                if len(parts) == 2:
+                    mesh.kill(victim)
+                    killed = asyncio.ensure_future(mesh.commit(left))
+        assert killed is not None
+        await killed
+        assert mesh.n_recovered == 1
+    assert told[0] == 0
+    assert told[-1] in (32, 48, 64)  # what the first attempt scored is not scored again
+    assert [one.logprob for part in parts for one in part.scores] == [-token for token in prompt[1:]]
+    assert [one.token_id for part in parts for one in part.tokens] == answer_to(prompt, 3)
+    assert not any(part.scores for part in parts if part.tokens)
+
+
+async def test_scores_that_come_twice_reach_the_client_once() -> None:
+    prompt = list(range(100, 170))
+    scores: list[ScoredToken] = []
+    async with fake_mesh("ab") as mesh:
+        await mesh.commit("ab")
+        gateway = mesh.nodes["b"].gateway
+        request = GenerationRequest(
+            request_id="r",
+            sequence="r",
+            prompt=prompt,
+            max_tokens=1,
+            stop_token_ids=[],
+            sampling=SamplingParams(),
+            timeout_s=20.0,
+            n_prompt_logprobs=0,
+        )
+        async with aclosing(gateway.generate(request)) as stream:
+            async for part in stream:
+                scores += part.scores
+                for flight in gateway.flights():
+                    again = PromptScored(
+                        sequence=flight.key, attempt=flight.attempt, first=0, scores=scores.copy()
+                    )
+                    gateway.on_message("a", again)
+    assert [one.token_id for one in scores] == prompt[1:]
 
 
 async def test_a_step_between_two_nodes_that_lost_each_other_is_refused_by_the_one_that_sent_it() -> None:

@@ -16,7 +16,7 @@ from hexmesh.errors import InvalidInput
 from hexmesh.runtime.payload import tensor_from
 from hexmesh.runtime.residency import Residency
 from hexmesh.runtime.stage import Stage
-from hexmesh.wire.data import Row, SamplingParams
+from hexmesh.wire.data import Barred, Past, Row, SamplingParams, Scoring
 from hexmesh.wire.worker import LoadStage
 from tests.unit.wire.any_message import any_of
 
@@ -49,21 +49,26 @@ def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
 
 numbers = st.integers(-3, 40) | st.sampled_from([-(2**63), 2**31, 2**62, 2**63 - 1, 2**64 - 1])
 blocks = st.lists(st.integers(-1, KV_BLOCKS) | numbers, max_size=6)
+wishes = {
+    "sample": st.none() | any_of(SamplingParams),
+    "drafts": st.lists(st.integers(0, 1100), max_size=3),
+    "past": st.none() | any_of(Past),
+    "barred": st.none() | any_of(Barred),
+    "scoring": st.none() | any_of(Scoring),
+}
 plausible = st.builds(
     Row,
     start=st.integers(0, 20),
     n_tokens=st.integers(1, 12),
     blocks=st.lists(st.integers(0, KV_BLOCKS - 1), min_size=1, max_size=5),
-    sample=st.none() | any_of(SamplingParams),
+    **wishes,
 )
 WRONG: list[dict[str, object]] = [
     *({"start": start} for start in (-1, -2, 33)),
     *({"n_tokens": n_tokens} for n_tokens in (0, -1, 41)),
     *({"blocks": table} for table in ([], [0, 1, 2, 3, KV_BLOCKS], [0, 1, 2, 3, -1])),
 ]
-absurd = st.builds(
-    Row, start=numbers, n_tokens=numbers, blocks=blocks, sample=st.none() | any_of(SamplingParams)
-)
+absurd = st.builds(Row, start=numbers, n_tokens=numbers, blocks=blocks, **wishes)
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)

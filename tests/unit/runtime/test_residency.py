@@ -66,7 +66,7 @@ def next_token(*stages: Stage) -> int:
     for stage in stages:
         output = stage.run([row], payload)
         if output.hidden is None:
-            return output.sampled[0].token_id
+            return output.sampled[0][0].token_id
         payload = output.hidden
     raise AssertionError("no last stage")
 
@@ -192,7 +192,7 @@ def test_the_same_stage_of_two_plans_needs_one_pool(residency: Residency, folder
     assert residency.drop("old") == []
     row = Row(start=4, n_tokens=1, blocks=[3, 1], sample=SamplingParams())
     output = found(residency, "new").run([row], torch.tensor(PROMPT[4:]))
-    assert output.sampled[0].token_id == expected, "KV that the old stage wrote is gone"
+    assert output.sampled[0][0].token_id == expected, "KV that the old stage wrote is gone"
 
 
 def test_a_pool_goes_with_the_last_stage_that_uses_it(residency: Residency, folder: Path) -> None:

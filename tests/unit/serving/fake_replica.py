@@ -97,6 +97,7 @@ class Order:
     """A row as it leaves the driver: what the batcher does to its tables later does not change it."""
 
     def __init__(self, row: ScheduledRow) -> None:
+        self.sequence = row.sequence
         self.start = row.start
         self.token_ids = list(row.token_ids)
         self.n_wanted = row.n_wanted

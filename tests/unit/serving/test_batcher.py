@@ -397,7 +397,74 @@ def test_a_prompt_unlike_the_one_in_the_making_does_not_wait() -> None:
     assert step(served) == [("a", 0, 5), ("c", 0, 3)]
 
 
+def test_one_does_not_wait_for_another_that_does_not_get_on() -> None:
+    served = batcher(block_tokens=4, step_tokens=2)
+    served.submit(sequence("first", 40, max_tokens=1), 0.0)
+    served.submit(sequence("a", list(range(18)), max_tokens=1), 0.0)
+    served.submit(sequence("b", list(range(18)), max_tokens=1), 0.0)
+    served.submit(sequence("short", 6, max_tokens=1), 0.0)
+    assert step(served) == [("first", 0, 1), ("short", 0, 1)]
+    step(served)
+    assert [held.id for held in served.running] == ["first", "a", "short", "b"]
+
+
+def test_a_block_computed_twice_is_given_back_once_no_step_reads_it() -> None:
+    served = batcher(block_tokens=4, step_tokens=8)
+    served.submit(sequence("a", list(range(18)), max_tokens=1), 0.0)
+    while served.has_work:
+        step(served)
+    twice = sequence("b", list(range(18)), max_tokens=9)
+    twice.reuses_prefix = False
+    served.submit(twice, 0.0)
+    batches = [begin(served) for _ in range(3)]
+    own = list(twice.blocks)
+    end(served, batches[0])
+    end(served, batches[1])
+    assert twice.blocks == own, "the third reads them"
+    end(served, batches[2])
+    known = served.pool.match(twice.prefix, twice.tokens)
+    assert twice.blocks[:4] == known
+    assert not set(known) & set(own[:4])
+
+
+def test_a_block_is_known_once_its_step_was_answered_and_no_sooner() -> None:
+    served = batcher(block_tokens=4, step_tokens=8)
+    served.submit(sequence("a", list(range(18)), max_tokens=1), 0.0)
+    first, _ = begin(served), begin(served)
+    held = served.running[0]
+    assert served.pool.match(held.prefix, held.tokens) == []
+    end(served, first)
+    assert served.pool.match(held.prefix, held.tokens) == held.blocks[:2]
+
+
 # Admission
+
+
+def test_a_block_for_each_that_runs_is_left_when_another_is_let_in() -> None:
+    served = batcher(n_blocks=8, block_tokens=4)
+    for name in "ab":
+        served.submit(sequence(name, 4, max_tokens=9), 0.0)
+    step(served)
+    served.submit(sequence("c", 9, max_tokens=1), 0.0)
+    assert "c" not in [name for name, _, _ in step(served)], "its three blocks would leave one to two"
+
+
+def test_a_more_important_one_waits_for_blocks_of_a_less_important_one_in_flight() -> None:
+    served = batcher(n_blocks=4, block_tokens=4)
+    served.submit(sequence("old", 3, max_tokens=13), 0.0)
+    served.submit(sequence("young", 2, max_tokens=14), 0.0)
+    step(served)
+    old, young = served.running
+    while len(old.tokens) < 9:
+        batches = [begin(served, n_groups=2) for _ in range(2)]
+        for batch in sorted(batches, key=lambda batch: batch.rows[0].sequence is old):
+            end(served, batch)
+    in_flight = begin(served, n_groups=2)
+    assert rows_of(in_flight) == [("young", 7, 1)]
+    assert served.next_step(0.0, 2) is None, "the old one has no room, and the young one is needed yet"
+    end(served, in_flight)
+    assert rows_of(begin(served, n_groups=2)) == [("old", 8, 1)]
+    assert served.waiting == [young]
 
 
 def test_a_small_request_passes_one_that_waits_for_blocks_but_not_for_ever() -> None:

@@ -105,3 +105,20 @@ def test_nothing_is_skipped_while_a_step_is_in_flight_or_someone_may_join() -> N
     assert batcher.steps_until_change() == 48
     batcher.submit(sequence("late", 5), 0.0)
     assert batcher.steps_until_change() == 0
+
+
+def test_nothing_is_skipped_while_only_some_are_in_flight() -> None:
+    batcher = filled([(5, 50), (6, 50)], 200, 16, 8)
+    one_round(batcher, 1)
+    assert batcher.next_step(0.0, 2) is not None
+    assert batcher.steps_until_change() == 0
+
+
+def test_one_that_finds_no_room_lets_rounds_be_skipped_until_another_comes() -> None:
+    batcher = filled([(8, 100), (116, 4)], 30, 4, 8)
+    for _ in range(2):
+        one_round(batcher, 1)
+    assert [held.id for held in batcher.waiting] == ["1"]
+    assert batcher.steps_until_change() == 98
+    batcher.submit(sequence("small", 5), 0.0)
+    assert batcher.steps_until_change() == 0
