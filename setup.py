@@ -19,6 +19,8 @@ setup(
                 "-O3",
                 "-std=c11",
                 "-Wall",
+                "-Wextra",
+                "-ffp-contract=fast",
                 "-fno-math-errno",
                 "-fno-trapping-math",
                 "-pthread",

@@ -160,6 +160,8 @@ class CoordinationLoop:
         """
         if step.cert is not None:
             self.learn_cert(step.cert)
+        if self.machine.serves(step.epoch):
+            return Accepted()
         verdict = self.machine.admit_epoch(
             step.epoch, known_epoch=step.epoch, k=1, cert=None, now_s=self._loop.time()
         )

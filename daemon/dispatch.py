@@ -111,15 +111,15 @@ class Dispatcher:
         if (fault := self._sender_fault(src, known)) is not None:
             self._complain(src, f"{type(known).__name__} dropped: {fault}")
             return
-        if isinstance(known, Step | StepResult | Generate | Generated):
+        if isinstance(known, (Step, StepResult, Generate, Generated)):
             self.links.data_flowed()
         match known:
-            case Hello() | Ask() | Grant() | Nack() | Beat() | Ack() | Prepare() | CertMessage() | Yield():
-                self._on_control(src, known)
             case Step():
                 self.stages.on_step(known, payload)
             case StepResult() | StepRefused():
                 self._on_step_answer(known)
+            case Hello() | Ask() | Grant() | Nack() | Beat() | Ack() | Prepare() | CertMessage() | Yield():
+                self._on_control(src, known)
             case Generate():
                 self._on_generate(src, known)
             case Generated() | PromptScored() | GenerateFailed():

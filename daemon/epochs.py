@@ -254,6 +254,7 @@ class Epochs:
                 epoch=held.epoch,
                 cert=cert,
                 replica=replica,
+                model_id=held.plan.model_id,
                 courier=self._courier,
                 limits=self._limits,
                 vocab_size=self._vocab_size,

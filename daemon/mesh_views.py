@@ -40,6 +40,7 @@ from hexmesh.membership.records import NodeRecord
 from hexmesh.plan import Plan, Replica, Stage
 from hexmesh.schedule.availability import WHY_BARRED
 from hexmesh.wire.control import Epoch
+from hexmesh.wire.data import ReplicaStats
 
 SUSPECT_S = 6.0
 """A node silent for longer counts as failed."""
@@ -61,7 +62,7 @@ class MeshViews:
 
     def status(self) -> StatusView:
         readiness = self.state.readiness()
-        running, waiting, total, free = self._load()
+        running, waiting, blocks = self._load()
         members = self.members()
         return StatusView(
             node=self.state.node_id,
@@ -75,7 +76,7 @@ class MeshViews:
             nodes_alive=sum(member.state == "alive" for member in members),
             requests_running=running,
             requests_waiting=waiting,
-            kv_blocks=KvBlocksView(free=free, used=total - free, cached=0, leased=0),
+            kv_blocks=blocks,
             replicas=len(plan.replicas) if (plan := self.state.plan_now()) is not None else 0,
             replicas_whole=len(self.state.whole_replica_ids()),
             weights=_weights_view(fetch) if (fetch := self.state.weights.progress) is not None else None,
@@ -172,17 +173,22 @@ class MeshViews:
             return None
         return self.state.loop_time() - held.committed_s
 
-    def _load(self) -> tuple[int, int, int, int]:
-        """(running, waiting, KV blocks, free KV blocks) over the plan's replicas, as their drivers say."""
+    def _load(self) -> tuple[int, int, KvBlocksView]:
+        """(running, waiting, KV blocks) over the plan's replicas, as their drivers say."""
         plan = self.state.plan_now()
-        running = waiting = total = free = 0
+        running = waiting = free = used = cached = leased = 0
         for replica in plan.replicas if plan is not None else ():
             stats = self.state.stats_of(replica.id)
-            total += replica.kv_blocks
-            free += stats.kv_blocks_free if stats is not None else replica.kv_blocks
-            running += stats.requests_running if stats is not None else 0
-            waiting += stats.requests_waiting if stats is not None else 0
-        return running, waiting, total, min(free, total)
+            if stats is None:
+                free += replica.kv_blocks
+                continue
+            cached += stats.kv_blocks_cached
+            leased += stats.kv_blocks_leased
+            used += _used(stats)
+            free += max(0, stats.kv_blocks_free - stats.kv_blocks_cached)
+            running += stats.requests_running
+            waiting += stats.requests_waiting
+        return running, waiting, KvBlocksView(free=free, used=used, cached=cached, leased=leased)
 
     def _member_state(
         self, record: NodeRecord, member: CoordinationMember | None, now_s: float
@@ -263,7 +269,7 @@ class MeshViews:
 
     def _replica_view(self, replica: Replica, *, is_whole: bool) -> ReplicaView:
         stats = self.state.stats_of(replica.id)
-        n_used = stats.kv_blocks_total - stats.kv_blocks_free if stats is not None else None
+        n_used = _used(stats) if stats is not None else None
         return ReplicaView(
             id=replica.id,
             role=replica.role,
@@ -349,6 +355,11 @@ def _weights_view(progress: FetchProgress) -> WeightsView:
         peers=list(progress.peers),
         trouble=progress.trouble,
     )
+
+
+def _used(stats: ReplicaStats) -> int:
+    """Blocks in the tables of sequences."""
+    return max(0, stats.kv_blocks_total - stats.kv_blocks_free - stats.kv_blocks_leased)
 
 
 def _stage_view(stage: Stage, n_used: int | None) -> StageView:

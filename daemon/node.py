@@ -10,6 +10,7 @@ messages reach them through `Dispatcher`. What they decide is in `hexmesh/`.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -73,7 +74,7 @@ from hexmesh.membership.timers import Timers
 from hexmesh.plan import DtypeName
 from hexmesh.serving.batcher import BatchLimits
 from hexmesh.wire.control import Epoch
-from hexmesh.wire.data import ReplicaStats
+from hexmesh.wire.data import ReplicaStats, Step, StepResult
 from hexmesh.wire.facts import Facts
 from hexmesh.wire.peering import PROTOCOL_VERSION, MemberAddress
 from hexmesh.wire.trust import TrustMessage
@@ -156,7 +157,10 @@ class Node:
         if channel == "data":
             self._links.data_flowed()
         if to == self.node_id:
-            self._loop.call_soon(self._dispatcher.on_message, to, message, payload)
+            if isinstance(message, Step | StepResult):  # a turn of the loop would only cost time
+                self._dispatcher.on_message(to, message, payload)
+            else:
+                self._loop.call_soon(self._dispatcher.on_message, to, message, payload)
             return True
         try:
             self._network.send(NodeId(to), message, payload, channel)
@@ -496,6 +500,7 @@ class Node:
         await self._publisher.publish_now()
         await self._reach_a_known_peer()
         self._state.starting = None
+        gc.freeze()  # collecting what is here for good, modules mostly, would stop every stream for 50 ms now and then
         progress.info("devices measured after %.1f s; taking part", time.monotonic() - started_s)
         self._coordination.take_part()
 
@@ -552,6 +557,7 @@ class Node:
         if channel == "data":
             for driver in list(self._epochs.drivers()):
                 driver.link_reset(node)
+            self._stages.link_lost(node)
             self._gateway.link_lost(node, f"the connection to its driver was cut: {reason}")
 
     # --- what happens to plans ---
@@ -567,7 +573,9 @@ class Node:
         self._reporter.plan_committed(reason)
 
     def _on_step(self, trace: StepTrace) -> None:
-        self._telemetry.observe_step(trace.replica, trace.round_trip_s, trace.stage_seconds)
+        self._telemetry.observe_step(trace.replica, trace.round_trip_s, trace.stage_seconds, trace.transit_s)
+        if trace.n_prefix_hit_tokens:
+            self._telemetry.count_prefix_hits(trace.n_prefix_hit_tokens)
 
     # --- what this node tells of itself ---
 

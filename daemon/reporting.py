@@ -102,6 +102,7 @@ class Reporter:
         telemetry.requests_waiting.set(sum(one.requests_waiting for one in stats))
         telemetry.plan_epoch.set(held.epoch.n if held is not None else 0)
         telemetry.coordinator_term.set(state.coordination.machine.term)
+        telemetry.set_steps_in_flight({one.replica: one.steps_in_flight for one in stats})
         telemetry.set_kv_blocks(views.status().kv_blocks)
         telemetry.set_members(views.members())
         telemetry.set_links(views.link_views(), node=state.node_id)

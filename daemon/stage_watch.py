@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
@@ -16,10 +17,11 @@ from hexmesh.wire.data import Step
 log = logging.getLogger("hexmesh.watchdog")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class RunningStep:
-    """A step that a worker computes; owned by `StageWatch`."""
+    """A step that a worker computes, or will once it has computed those before; owned by `StageWatch`."""
 
+    stage: str
     step: Step
     worker: Worker
     times: StepTimes
@@ -49,27 +51,41 @@ class StageWatch:
         """`on_unheard(step, node)`: the step was passed on to a node that does not answer."""
         self._is_heard = is_heard
         self._on_unheard = on_unheard
-        self._running: dict[int, RunningStep] = {}
+        self._running: dict[str, deque[RunningStep]] = {}
+        """By stage, in the order in which they are computed: only the first one's time runs."""
         self._passed_on: dict[str, _PassedOn] = {}
 
-    def begin(self, step: Step, worker: Worker, times: StepTimes, what: str) -> RunningStep:
+    def begin(self, stage: str, step: Step, worker: Worker, times: StepTimes, what: str) -> RunningStep:
         """Watch a step from now until `end`; `what` names the stage for people."""
         n_tokens = sum(row.n_tokens for row in step.rows)
         patience = Patience(times.deadline_s(n_tokens), time.monotonic())
-        running = RunningStep(step, worker, times, what, n_tokens, patience)
-        self._running[id(running)] = running
+        running = RunningStep(stage, step, worker, times, what, n_tokens, patience)
+        self._running.setdefault(stage, deque()).append(running)
         return running
 
     def end(self, running: RunningStep, *, is_done: bool) -> None:
         """The step came back, or never will; only what was done teaches."""
-        self._running.pop(id(running), None)
+        now_s = time.monotonic()
+        queue = self._running.get(running.stage)
+        if queue is not None and running in queue:
+            was_first = queue[0] is running
+            queue.remove(running)
+            if not queue:
+                del self._running[running.stage]
+            elif was_first:
+                queue[0].patience = Patience(queue[0].patience.limit_s, now_s)
         if is_done:
-            running.patience.spend(time.monotonic())
+            running.patience.spend(now_s)
             running.times.took(running.n_tokens, running.patience.spent_s)
 
     def passed_on(self, stage: str, step: Step, to: str) -> None:
         """A stage sent its step to the next one."""
         self._passed_on[stage] = _PassedOn(step, to, Patience(SUSPECT_S, time.monotonic()))
+
+    def sent_to(self, node: str) -> list[Step]:
+        """The last step that each stage here sent to a node; they are not watched any more."""
+        stages = [stage for stage, passed in self._passed_on.items() if passed.to == node]
+        return [self._passed_on.pop(stage).step for stage in stages]
 
     def forget(self, stage: str) -> None:
         """The stage is gone."""
@@ -83,10 +99,13 @@ class StageWatch:
 
     def look(self, now_s: float) -> None:
         """Kill the workers whose steps are overdue, and report the steps that went to silent nodes."""
-        for running in list(self._running.values()):
-            running.patience.spend(now_s)
-            if running.patience.is_over:
-                self._end_hung(running)
+        for queue in list(self._running.values()):
+            if not queue:  # its worker was killed just now, for another stage's step
+                continue
+            first = queue[0]
+            first.patience.spend(now_s)
+            if first.patience.is_over:
+                self._end_hung(first)
         for stage, passed in list(self._passed_on.items()):
             passed.patience.spend(now_s)
             if passed.patience.is_over and not self._is_heard(passed.to):
@@ -94,7 +113,7 @@ class StageWatch:
                 self._on_unheard(passed.step, passed.to)
 
     def _end_hung(self, running: RunningStep) -> None:
-        del self._running[id(running)]
+        del self._running[running.stage]
         size = f"{running.n_tokens} token{'' if running.n_tokens == 1 else 's'}"
         reason = f"{running.what} hung: no answer to a step of {size} within {running.patience.limit_s:.1f} s"
         log.error("worker hung pid=%d step=%d reason=%s", running.worker.pid, running.step.step, reason)

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from hexmesh.errors import HexmeshError, InvalidInput, Lost
 from hexmesh.ids import short
 from hexmesh.membership.outputs import Accepted, Admission
 from hexmesh.plan import Plan, Replica, Stage
+from hexmesh.serving.pacing import MAX_GROUPS
 from hexmesh.serving.watchdog import StepTimes
 from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import MAX_STEP_TOKENS, Step, StepRefused, StepResult
@@ -33,8 +33,8 @@ from hexmesh.wire.worker import LoadStage, RunStep, StepDone
 log = logging.getLogger("hexmesh.stages")
 
 StageKey = tuple[Epoch, str, int]
-MAX_STEPS_WAITING = 32
-"""Of one stage. A driver has few steps under way; more would only fill this host's memory."""
+MAX_STEPS_WAITING = 2 * MAX_GROUPS
+"""Of one stage: those that a driver has under way, and as many that it has given up. More would only fill memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,17 @@ class ModelFiles:
 
     folder: str
     model_id: str
+
+
+@dataclass(slots=True)
+class StepOrder:
+    """Which steps a KV pool has seen; owned by `StageHost`.
+
+    A step that comes after a later one might write into blocks that are another sequence's by now.
+    """
+
+    newest: int = -1
+    n_running: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,7 @@ class HeldStage:
     index: int
     worker: Worker
     times: StepTimes
+    order: StepOrder
 
     @property
     def is_last(self) -> bool:
@@ -95,7 +107,6 @@ class StageHost:
         self._on_broken = on_broken
         self._held: dict[StageKey, HeldStage] = {}
         self._broken: set[tuple[Epoch, str]] = set()
-        self._n_running: Counter[StageKey] = Counter()
         self.watch = StageWatch(is_heard=is_heard, on_unheard=self._next_is_silent)
         self.last_step_s = -math.inf
         """When a step was taken in last, on the monotonic clock."""
@@ -154,6 +165,14 @@ class StageHost:
             self._weights.release(name)
             self._on_broken(key[0], reason)
 
+    def link_lost(self, node: str) -> None:
+        """Steps on their way to a node may not have arrived.
+
+        The driver is told of each stage's last one: what it sends next shows whether the others got lost.
+        """
+        for step in self.watch.sent_to(node):
+            self._refuse(step, f"the connection to {short(node)} was cut", None, is_transient=True)
+
     def on_step(self, step: Step, payload: Payload) -> None:
         """Run a step of ours and pass its result on; a step of another epoch is refused."""
         admission = self._admit(step)
@@ -166,14 +185,21 @@ class StageHost:
         if held is None:
             self._refuse(step, "this stage is not loaded here", None)
             return
-        if (fault := self._size_fault(step)) is not None:
+        if (fault := _size_fault(step)) is not None:
             self._refuse(step, fault, None)
+            return
+        if held.order.n_running >= MAX_STEPS_WAITING:
+            reason = f"{MAX_STEPS_WAITING} steps wait at this stage already"
+            self._refuse(step, reason, None, is_transient=True)
             return
         if step.kept_pools and step.kept_pools[step.stage : step.stage + 1] != [held.pool]:
             self._refuse(step, "this stage's KV pool was made anew", None, is_pool_new=True)
             return
-        self._n_running[key] += 1
-        self._group.create_task(self._run(held, step, payload), name=f"step-{step.step}")
+        if step.step <= held.order.newest:
+            self._refuse(step, f"step {held.order.newest} was run before it", None, is_transient=True)
+            return
+        held.order.newest = step.step
+        self._run(held, step, payload)
 
     async def _load(self, epoch: Epoch, plan: Plan, replica: Replica, index: int) -> bool:
         stage = replica.stages[index]
@@ -217,6 +243,7 @@ class StageHost:
             index=index,
             worker=worker,
             times=fresh if same is None else same.times,
+            order=StepOrder() if same is None else same.order,
         )
 
     def _same_stage(self, placement: tuple[object, ...], index: int, worker: Worker) -> HeldStage | None:
@@ -246,43 +273,34 @@ class StageHost:
             budget_bytes=self._budgets[stage.devices[0]],
         )
 
-    def _size_fault(self, step: Step) -> str | None:
-        """Why a step is more than any driver would ask of a stage, so that it is not even queued."""
-        n_tokens = sum(row.n_tokens for row in step.rows)
-        if not 0 < n_tokens <= MAX_STEP_TOKENS:
-            return f"a step of {n_tokens} tokens, and 1 to {MAX_STEP_TOKENS} are taken"
-        if self._n_running[(step.epoch, step.replica, step.stage)] >= MAX_STEPS_WAITING:
-            return f"{MAX_STEPS_WAITING} steps wait at this stage already"
-        return None
+    def _run(self, held: HeldStage, step: Step, payload: Payload) -> None:
+        """Callbacks all the way: a task or a future would cost each step a turn of the loop."""
+        order = RunStep(stage=held.name, step=step.step, rows=step.rows, sent_s=time.monotonic())
 
-    async def _run(self, held: HeldStage, step: Step, payload: Payload) -> None:
-        key = (step.epoch, step.replica, step.stage)
-        try:
-            await self._compute(held, step, payload)
-        finally:
-            self._n_running[key] -= 1
-            if not self._n_running[key]:
-                del self._n_running[key]
+        def on_end(answer: StepDone | HexmeshError, out: memoryview) -> None:
+            if isinstance(answer, StepDone):
+                self._pass_on(held, step, answer, out)
+            else:
+                self._fail(step, answer)
+            held.order.n_running -= 1
+            self.watch.end(running, is_done=isinstance(answer, StepDone))
 
-    async def _compute(self, held: HeldStage, step: Step, payload: Payload) -> None:
-        running = self.watch.begin(step, held.worker, held.times, held.title)
-        is_done = False
         try:
-            done, out = await held.worker.run_step(
-                RunStep(stage=held.name, step=step.step, rows=step.rows), payload
-            )
-            is_done = True
+            held.worker.run_step(order, payload, on_end)
         except HexmeshError as error:
-            self._refuse(step, error.message, None)
-            if isinstance(error, InvalidInput):
-                self._on_broken(step.epoch, error.message)
-        else:
-            self._pass_on(held, step, done, out)
-        finally:
-            self.watch.end(running, is_done=is_done)
+            self._fail(step, error)
+            return
+        held.order.n_running += 1
+        running = self.watch.begin(held.name, step, held.worker, held.times, held.title)
+
+    def _fail(self, step: Step, error: HexmeshError) -> None:
+        self._refuse(step, error.message, None)
+        if isinstance(error, InvalidInput):
+            self._on_broken(step.epoch, error.message)
 
     def _pass_on(self, held: HeldStage, step: Step, done: StepDone, out: Payload) -> None:
         seconds = [*step.stage_seconds, done.compute_s]
+        waits = [*step.queue_seconds, done.waited_s]
         pools = [*step.pools, held.pool]
         if held.is_last:
             result = StepResult(
@@ -292,11 +310,14 @@ class StageHost:
                 sampled=done.sampled,
                 scored=done.scored,
                 stage_seconds=seconds,
+                queue_seconds=waits,
                 pools=pools,
             )
             self._courier.send(step.driver, result)
             return
-        onward = msgspec.structs.replace(step, stage=step.stage + 1, stage_seconds=seconds, pools=pools)
+        onward = msgspec.structs.replace(
+            step, stage=step.stage + 1, stage_seconds=seconds, queue_seconds=waits, pools=pools
+        )
         to = held.replica.stages[step.stage + 1].node
         self.watch.passed_on(held.name, step, to)
         if not self._courier.send(to, onward, out):
@@ -327,6 +348,14 @@ class StageHost:
             cert=getattr(admission, "cert", None),
         )
         self._courier.send(step.driver, refusal)
+
+
+def _size_fault(step: Step) -> str | None:
+    """Why a step is more than any driver would ask of a stage, so that it is not even queued."""
+    n_tokens = sum(row.n_tokens for row in step.rows)
+    if not 0 < n_tokens <= MAX_STEP_TOKENS:
+        return f"a step of {n_tokens} tokens, and 1 to {MAX_STEP_TOKENS} are taken"
+    return None
 
 
 def stage_name(epoch: Epoch, replica_id: str, index: int) -> str:

@@ -122,6 +122,19 @@ STEP_ROUND_TRIP = MetricSpec(
     labels=("replica",),
     buckets=_STEP_BUCKETS_S,
 )
+STEP_TRANSIT = MetricSpec(
+    name="hexmesh_step_transit_seconds",
+    kind="histogram",
+    help="Part of a step's round trip that it spent between workers, in daemons and on the network.",
+    labels=("replica",),
+    buckets=_STEP_BUCKETS_S,
+)
+STEPS_IN_FLIGHT = MetricSpec(
+    name="hexmesh_steps_in_flight",
+    kind="gauge",
+    help="Steps under way in a replica that this node drives.",
+    labels=("replica",),
+)
 STAGE_BUSY = MetricSpec(
     name="hexmesh_stage_busy_ratio",
     kind="gauge",
@@ -186,7 +199,7 @@ ALL = (
         REQUEST_LATENCY,
     ),
     *(PROMPT_TOKENS, GENERATION_TOKENS, KV_BLOCKS, PREFIX_CACHE_HIT_TOKENS),
-    *(STAGE_STEP, STEP_ROUND_TRIP, STAGE_BUSY),
+    *(STAGE_STEP, STEP_ROUND_TRIP, STEP_TRANSIT, STEPS_IN_FLIGHT, STAGE_BUSY),
     *(LINK_RTT, LINK_RATE, KV_HANDOFF, KV_HANDOFF_BYTES, KV_HANDOFF_FAILURES, PLAN_EPOCH, COORDINATOR_TERM),
     *(REPLANS, REQUESTS_RECOVERED, MEMBERS),
 )

@@ -7,7 +7,8 @@ from typing import Literal
 
 import msgspec
 
-Role = Literal["mixed", "prefill", "decode"]
+from hexmesh.cluster import Role
+
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 _LONGEST_STEP_S = 3600.0

@@ -18,8 +18,11 @@ _SIZE_UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
-_DURATION_UNITS = {"": 1.0, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_NUMBER_WITH_UNIT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+_DURATION_UNITS = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
+_RATE_UNIT = re.compile(r"([kmgt]?i?)(bit|[bB])(?:/s|ps)", re.IGNORECASE)
+_FLOPS_UNITS = {"": 1.0, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
+_NUMBER_WITH_UNIT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z/]*)\s*")
 
 
 def parse_bytes(text: str) -> int:
@@ -41,6 +44,32 @@ def parse_duration_s(text: str) -> float:
         raise InvalidInput(
             f"unknown unit {unit!r} in duration {text!r}", next_step="write a duration such as 60s or 1h"
         )
+    return number * factor
+
+
+def parse_rate(text: str) -> float:
+    """Bytes per second from text such as "10Gbit/s", "10Gb/s" or "300GB/s"; b is a bit, B a byte.
+
+    Raises InvalidInput.
+    """
+    number, unit = _split(text, "a rate such as 10Gbit/s or 300GB/s")
+    found = _RATE_UNIT.fullmatch(unit)
+    if found is None or found.group(1).lower() not in _PREFIXES:
+        raise InvalidInput(
+            f"unknown unit {unit!r} in rate {text!r}", next_step="write a rate such as 10Gbit/s or 300GB/s"
+        )
+    factor = _PREFIXES[found.group(1).lower()]
+    return number * factor if found.group(2) == "B" else number * factor / 8
+
+
+def parse_flops(text: str) -> float:
+    """FLOP/s from text such as "312T" or "71 TFLOP/s". Raises InvalidInput."""
+    wanted = "a compute rate such as 312T or 71 TFLOP/s"
+    number, unit = _split(text, wanted)
+    prefix = unit.lower().removesuffix("/s").removesuffix("flops").removesuffix("flop")
+    factor = _FLOPS_UNITS.get(prefix)
+    if factor is None:
+        raise InvalidInput(f"unknown unit {unit!r} in compute rate {text!r}", next_step=f"write {wanted}")
     return number * factor
 
 

@@ -1,8 +1,8 @@
 """A worker process: one device's stages, served over one socket until the daemon closes it.
 
-The main thread only reads. Steps run in a thread of their own, in order; loads, drops and measurements in
-another, so that a stage of the next plan loads while the present one serves. Replies go out from both under a
-lock.
+The main thread reads, and runs each step where it read it: handing it to another thread would cost a step more than
+reading does. Loads, drops and measurements run in a thread of their own, so that a stage of the next plan loads while
+the present one serves. Replies go out from both under a lock.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import select
 import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn, assert_never
+from typing import NamedTuple, NoReturn, assert_never
 
 from daemon.compute.worker_channel import (
     NO_DEVICE_STATUS,
@@ -57,7 +58,13 @@ from hexmesh.wire.worker import (
 log = logging.getLogger("hexmesh.worker")
 
 _EXIT_FATAL = 70
-_JOIN_UP_TO_BYTES = 64 * 1024
+
+
+class _Arrived(NamedTuple):
+    """A step to run."""
+
+    request: RunStep
+    payload: memoryview
 
 
 def run_worker(connection: socket.socket, order: SpawnWorker, parent_pid: int) -> NoReturn:
@@ -71,32 +78,52 @@ def run_worker(connection: socket.socket, order: SpawnWorker, parent_pid: int) -
     except InvalidInput as error:
         log.error("%s", error.one_line())
         os._exit(NO_DEVICE_STATUS)
-    _WorkerLoop(connection, device, order.threads).read_forever()
+    _WorkerLoop(connection, device, order.threads).serve()
     os._exit(0)
 
 
 class _WorkerLoop:
-    """Owns the socket, the device's residents and the two queues."""
+    """Owns the socket, the device's residents and the queue of orders."""
 
     def __init__(self, connection: socket.socket, device: Device, threads: int) -> None:
         self._connection = connection
         self._threads = threads
         self._send_lock = threading.Lock()
         self._waiting_lock = threading.Lock()
-        self._waiting: dict[str, list[tuple[RunStep, memoryview]]] = {}
-        self._steps: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._waiting: dict[str, list[_Arrived]] = {}
+        self._released: queue.SimpleQueue[_Arrived] = queue.SimpleQueue()
+        self._release_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._loads: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._free_s = 0.0
+        """When the last step was answered."""
         self._device = device
         self._residency = Residency(self._device)
 
-    def read_forever(self) -> None:
-        """Take requests until the socket closes."""
-        for name, jobs in (("steps", self._steps), ("loads", self._loads)):
-            threading.Thread(target=self._work, args=(jobs,), name=name, daemon=True).start()
+    def serve(self) -> None:
+        """Take requests until the socket closes. What is not foreseen ends the process: its state cannot be trusted."""
+        threading.Thread(target=self._carry_out_orders, name="orders", daemon=True).start()
+        try:
+            prepare_thread(self._device, self._threads)
+            self._take_until_closed()
+        except BaseException:
+            log.exception("the worker ends itself")
+            os._exit(_EXIT_FATAL)
+
+    def _take_until_closed(self) -> None:
         decoder = FrameDecoder(WORKER_FRAMES)
-        while n_bytes := self._receive(decoder):
-            for frame in decoder.advance(n_bytes):
-                self._take(WORKER_REQUESTS.decode(frame.header), frame.payload)
+        poller = select.poll()
+        for fd in (self._connection.fileno(), self._release_fd):
+            poller.register(fd, select.POLLIN)
+        while True:
+            ready = [fd for fd, _ in poller.poll()]
+            if self._release_fd in ready:
+                os.eventfd_read(self._release_fd)
+                self._run_released()
+            if self._connection.fileno() in ready:
+                if not (n_bytes := self._receive(decoder)):
+                    return
+                for frame in decoder.advance(n_bytes):
+                    self._take(WORKER_REQUESTS.decode(frame.header), frame.payload)
 
     def _receive(self, decoder: FrameDecoder) -> int:
         try:
@@ -107,7 +134,8 @@ class _WorkerLoop:
     def _take(self, request: WorkerRequest, payload: memoryview) -> None:
         match request:
             case RunStep():
-                self._steps.put(lambda: self._run_step(request, payload))
+                self._run_released()
+                self._run_step(_Arrived(request, payload))
             case LoadStage():
                 self._loads.put(lambda: self._load(request))
             case NameTensors():
@@ -119,28 +147,33 @@ class _WorkerLoop:
             case _:
                 assert_never(request)
 
-    def _work(self, jobs: queue.SimpleQueue[Callable[[], None]]) -> None:
-        """A thread's life. What a job does not foresee ends the process: its state cannot be trusted."""
+    def _carry_out_orders(self) -> None:
+        """The other thread's life."""
         prepare_thread(self._device, self._threads)
         try:
             while True:
-                jobs.get()()
+                self._loads.get()()
         except BaseException:
             log.exception("the worker ends itself")
             os._exit(_EXIT_FATAL)
 
-    def _run_step(self, request: RunStep, payload: memoryview) -> None:
+    def _run_released(self) -> None:
+        while not self._released.empty():
+            self._run_step(self._released.get())
+
+    def _run_step(self, arrived: _Arrived) -> None:
+        request, payload = arrived
         with self._waiting_lock:
             stage = self._residency.find(request.stage)
-            if stage == "waiting":
-                self._waiting.setdefault(request.stage, []).append((request, payload))
+            if stage == "waiting" or request.stage in self._waiting:  # never before those that came earlier
+                self._waiting.setdefault(request.stage, []).append(arrived)
                 return
         if stage is None:
             self._send(
                 StepFailed(stage=request.stage, step=request.step, reason="the stage is not in this worker")
             )
             return
-        started_s = time.perf_counter()
+        started_s = time.monotonic()
         try:
             output = stage.run(request.rows, tensor_from(payload, stage))
             hidden = bytes_from(output)
@@ -152,11 +185,13 @@ class _WorkerLoop:
             done = StepDone(
                 stage=request.stage,
                 step=request.step,
-                compute_s=time.perf_counter() - started_s,
+                compute_s=time.monotonic() - started_s,
+                waited_s=max(0.0, self._free_s - request.sent_s),
                 sampled=output.sampled,
                 scored=output.scored,
             )
             self._send(done, hidden)
+        self._free_s = time.monotonic()
 
     def _fail_step(self, stage: str, error: Exception) -> None:
         log.error("step failed stage=%s", stage, exc_info=error)
@@ -193,11 +228,11 @@ class _WorkerLoop:
             self._release(promotion.stage)
 
     def _release(self, stage: str) -> None:
-        """Queue the steps that waited for a stage: it can run now, or is gone."""
+        """Have the steps run that waited for a stage: it can run now, or is gone."""
         with self._waiting_lock:
-            waiting = self._waiting.pop(stage, [])
-        for request, payload in waiting:
-            self._take(request, payload)
+            for arrived in self._waiting.pop(stage, []):
+                self._released.put(arrived)
+        os.eventfd_write(self._release_fd, 1)
 
     def _measure(self, request: MeasureDevice) -> None:
         flops = measure_flops(self._device, request.dtype)
@@ -215,12 +250,14 @@ class _WorkerLoop:
 
     def _send(self, reply: WorkerReply, payload: Buffer = b"") -> None:
         parts = WORKER_REPLIES.frame(reply, payload, WORKER_FRAMES)
-        if sum(len(part) for part in parts) <= _JOIN_UP_TO_BYTES:
-            parts = [b"".join(parts)]
         try:
             with self._send_lock:
-                for part in parts:
-                    self._connection.sendall(part)
+                n_left = self._connection.sendmsg(parts) - len(parts[0])
+                if n_left < 0:
+                    self._connection.sendall(memoryview(parts[0])[n_left:])
+                    n_left = 0
+                if n_left < len(payload):
+                    self._connection.sendall(memoryview(payload)[n_left:])
         except ConnectionError:
             os._exit(0)  # the daemon is gone
 

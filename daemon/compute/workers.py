@@ -27,6 +27,7 @@ from daemon.compute.worker_channel import (
     WorkerSpawned,
     describe_exit,
 )
+from hexmesh import native
 from hexmesh.errors import Closed, HexmeshError, Internal, InvalidInput, Lost, NotReady, Refused
 from hexmesh.plan import DtypeName
 from hexmesh.wire.codec import WORKER_REPLIES, WORKER_REQUESTS, WorkerReply, WorkerRequest
@@ -50,6 +51,8 @@ log = logging.getLogger("hexmesh.workers")
 _REASON_WITHIN_S = 1.0
 _CLOSE_WITHIN_S = 5.0
 _KILL_WITHIN_S = 2.0
+NO_PAYLOAD = memoryview(b"")
+StepCallback = Callable[[StepDone | HexmeshError, memoryview], None]
 T = TypeVar("T")
 K = TypeVar("K")
 
@@ -65,7 +68,7 @@ class Worker:
         self._transport: asyncio.WriteTransport | None = None
         self._loads: dict[str, asyncio.Future[StageLoaded]] = {}
         self._namings: dict[str, asyncio.Future[TensorsNamed]] = {}
-        self._steps: dict[tuple[str, int], asyncio.Future[tuple[StepDone, memoryview]]] = {}
+        self._steps: dict[tuple[str, int], StepCallback] = {}
         self._measurements: list[asyncio.Future[DeviceMeasured]] = []
         self._callbacks: list[Callable[[str], None]] = []
         self._failed_callbacks: list[Callable[[str, str], None]] = []
@@ -90,16 +93,17 @@ class Worker:
         if self.closed_reason is None:
             self._send(DropStage(stage=stage))
 
-    async def run_step(self, step: RunStep, payload: Buffer) -> tuple[StepDone, memoryview]:
-        """Run a step; the payload comes back empty from a last stage.
+    def run_step(self, step: RunStep, payload: Buffer, on_end: StepCallback) -> None:
+        """Run a step; `on_end` is called once, at the moment its answer comes, with an empty payload from a last stage.
 
-        Raises InvalidInput for a step that cannot be (the stage lives on), Internal when the stage broke,
-        Lost when the process did, Closed when the stage was dropped meanwhile.
+        It gets InvalidInput for a step that cannot be (the stage lives on), Internal when the stage broke, Lost when
+        the process did, Closed when the stage was dropped meanwhile. Raises Lost when the process is gone already.
         """
         key = (step.stage, step.step)
         if key in self._steps:
             raise Internal(f"step {step.step} of stage {step.stage} is in flight already")
-        return await self._ask(step, self._steps, key, payload)
+        self._send(step, payload)
+        self._steps[key] = on_end
 
     async def measure(self, dtype: DtypeName) -> DeviceMeasured:
         """Measure the device for some seconds; steps go on meanwhile and disturb the figures."""
@@ -146,12 +150,11 @@ class Worker:
         request: WorkerRequest,
         pending: dict[K, asyncio.Future[T]],
         key: K,
-        payload: Buffer = b"",
     ) -> T:
         answer: asyncio.Future[T] = self._loop.create_future()
         pending[key] = answer
         try:
-            self._send(request, payload)
+            self._send(request)
             return await answer
         finally:
             if pending.get(key) is answer:
@@ -166,16 +169,17 @@ class Worker:
 
     def _take(self, reply: WorkerReply, payload: memoryview) -> None:
         match reply:
+            case StepDone():
+                self._end_step((reply.stage, reply.step), reply, payload)
             case StageLoaded():
                 _resolve(self._loads.get(reply.stage), reply)
             case TensorsNamed():
                 _resolve(self._namings.get(reply.stage), reply)
             case StageFailed():
                 self._stage_failed(reply)
-            case StepDone():
-                _resolve(self._steps.get((reply.stage, reply.step)), (reply, payload))
             case StepFailed():
-                _fail(self._steps.get((reply.stage, reply.step)), InvalidInput(reply.reason, code="bad_step"))
+                error = InvalidInput(reply.reason, code="bad_step")
+                self._end_step((reply.stage, reply.step), error, NO_PAYLOAD)
             case DeviceMeasured():
                 if self._measurements:
                     _resolve(self._measurements.pop(0), reply)
@@ -194,17 +198,22 @@ class Worker:
 
     def _fail_stage(self, stage: str, error: HexmeshError) -> None:
         _fail(self._loads.get(stage), error)
-        for (name, _), answer in list(self._steps.items()):
-            if name == stage:
-                _fail(answer, error)
+        for key in [key for key in self._steps if key[0] == stage]:
+            self._end_step(key, error, NO_PAYLOAD)
+
+    def _end_step(self, key: tuple[str, int], answer: StepDone | HexmeshError, payload: memoryview) -> None:
+        """Answers that nobody waits for any more are dropped."""
+        on_end = self._steps.pop(key, None)
+        if on_end is not None:
+            on_end(answer, payload)
 
     def _fail_all(self, error: HexmeshError) -> None:
         for naming in self._namings.values():
             _fail(naming, error)
         for loading in self._loads.values():
             _fail(loading, error)
-        for step in self._steps.values():
-            _fail(step, error)
+        for key in list(self._steps):
+            self._end_step(key, error, NO_PAYLOAD)
         for measurement in self._measurements:
             _fail(measurement, error)
         self._measurements.clear()
@@ -318,6 +327,8 @@ class Workshop:
             with theirs:
                 self._tell(order, theirs)
             pid = await spawned
+            kernels = native.describe() if device == "cpu" else "none needed"
+            log.info("worker started pid=%d device=%s threads=%d kernels=%r", pid, device, threads, kernels)
             return await self._connect(number, Worker(device, pid, lambda: self._kill(number)), own)
         except BaseException:
             own.close()

@@ -11,7 +11,7 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from daemon.doctor.driver import Driver, check_driver, look_at_driver
 from daemon.doctor.finding import Finding, failed, not_run
+from daemon.doctor.kernel_check import check_kernels
 from daemon.doctor.packages import (
     Installed,
     Wanted,
@@ -28,6 +29,7 @@ from daemon.doctor.packages import (
     read_wanted,
 )
 from daemon.doctor.torch_probe import LIMIT_S, Torch, check_torch, probe_torch
+from hexmesh import native
 
 if TYPE_CHECKING:
     from daemon.compute.inventory import Inventory
@@ -57,6 +59,7 @@ class World:
     installed: Installed = installed_version
     driver: Callable[[], Driver] = look_at_driver
     torch: Callable[[], Torch] = probe_torch
+    kernels: Callable[[], Mapping[str, str]] = native.built
     inventory: Callable[[], Inventory] = _take_inventory
     clock: Callable[[], float] = time.time
     peer_deadline_s: float = 3.0
@@ -131,6 +134,7 @@ def _device_findings(options: JoinOptions, world: World, with_torch: _Later) -> 
         yield failed("torch", "it was not looked at in time", "try again")
     else:
         yield check_torch(torch, driver, options.device)
+    yield check_kernels(world.kernels())
 
 
 def _missing_module() -> str | None:

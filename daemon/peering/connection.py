@@ -16,12 +16,14 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 from hexmesh.errors import InvalidInput
-from hexmesh.wire.frames import Buffer, Frame, FrameDecoder, FrameLimits
+from hexmesh.wire.frames import Buffer, Frame, FrameDecoder, FrameLimits, size_bytes
 
 LossKind = Literal["eof", "reset", "tls", "protocol", "refused", "timeout", "closed"]
 
 _READ_TURN_BYTES = 1024 * 1024
 _WRITE_TURN_BYTES = 1024 * 1024
+_JOINED_BYTES = 64 * 1024
+"""A small frame is written as a whole, for its receiver would wake for each part."""
 _LINGER_S = 1.0
 _KEEPALIVE_IDLE_S = 2
 _KEEPALIVE_INTERVAL_S = 1
@@ -131,6 +133,19 @@ class FrameConnection:
         if self._state == "open" and not self._is_flush_due and not self._is_writer_on:
             self._is_flush_due = True
             self._loop.call_soon(self._flush)
+
+    def write_now(self, parts: list[Buffer]) -> bool:
+        """Write one frame without waiting for the loop's next turn; False, and nothing done, where others come first.
+
+        The owner hears of a loss in that turn all the same, not within this call.
+        """
+        if self._state != "open" or self._is_flush_due or self._is_writer_on or self._unsent:
+            return False
+        if len(parts) > 1 and sum(size_bytes(part) for part in parts) <= _JOINED_BYTES:
+            parts = [b"".join(parts)]
+        self._unsent.extend(memoryview(part).cast("B") for part in parts)
+        self._flush()
+        return True
 
     def detach(self) -> tuple[ssl.SSLSocket, list[memoryview], bytes]:
         """Give the open connection away: its socket, what is still to be written, and what was received after the
@@ -262,7 +277,7 @@ class FrameConnection:
             except ssl.SSLWantReadError:  # TLS 1.3 has no renegotiation, so this is not expected
                 break
             except OSError as error:
-                self._fail(error)
+                self._loop.call_soon(self._fail, error)
                 return
             n_left -= n_bytes
             if n_bytes == len(chunk):

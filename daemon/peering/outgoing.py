@@ -149,13 +149,24 @@ class Outgoing:
         return not self.has_unsent and self._loop.time() - self._moved_s > for_s
 
     def send(self, parts: list[Buffer]) -> bool:
-        """Queue a frame, and dial if there is no connection; False when the queue has no room."""
-        if not self.outbox.put(parts, self._loop.time()):
+        """Queue a frame, and dial if there is no connection; False when the queue has no room.
+
+        What takes part in a step is written at once.
+        """
+        now_s = self._loop.time()
+        connection = self._connection
+        is_written = (
+            connection is not None
+            and self.channel == "data"
+            and not len(self.outbox)
+            and connection.write_now(parts)
+        )
+        if not is_written and not self.outbox.put(parts, now_s):
             return False
         self.want()
-        self._moved_s = self._loop.time()
-        if self._connection is not None:
-            self._connection.wake()
+        self._moved_s = now_s
+        if connection is not None and not is_written:
+            connection.wake()
         return True
 
     def want(self) -> None:

@@ -41,6 +41,9 @@ class Telemetry:
         self._kv_blocks = self._gauge(metrics.KV_BLOCKS)
         self._stage_step = self._histogram(metrics.STAGE_STEP)
         self._step_round_trip = self._histogram(metrics.STEP_ROUND_TRIP)
+        self._step_transit = self._histogram(metrics.STEP_TRANSIT)
+        self._steps_in_flight = self._gauge(metrics.STEPS_IN_FLIGHT)
+        self._prefix_hits = self._counter(metrics.PREFIX_CACHE_HIT_TOKENS)
         self._stage_busy = self._gauge(metrics.STAGE_BUSY)
         self._link_rtt = self._gauge(metrics.LINK_RTT)
         self._link_rate = self._gauge(metrics.LINK_RATE)
@@ -75,11 +78,24 @@ class Telemetry:
     def count_recovery(self, mode: str) -> None:
         self._recovered.labels(mode).inc()
 
-    def observe_step(self, replica: str, round_trip_s: float, stage_seconds: Iterable[float]) -> None:
-        """One step through a replica that this node drives: the whole, and each stage's compute time."""
+    def observe_step(
+        self, replica: str, round_trip_s: float, stage_seconds: Iterable[float], transit_s: float
+    ) -> None:
+        """One step through a replica that this node drives: the whole, each stage's compute time, and the ways."""
         self._step_round_trip.labels(replica).observe(round_trip_s)
+        self._step_transit.labels(replica).observe(transit_s)
         for stage, seconds in enumerate(stage_seconds):
             self._stage_step.labels(replica, str(stage)).observe(seconds)
+
+    def count_prefix_hits(self, n_tokens: int) -> None:
+        """Prompt tokens of sequences that began just now, which did not have to be computed."""
+        self._prefix_hits.inc(n_tokens)
+
+    def set_steps_in_flight(self, n_steps: Mapping[str, int]) -> None:
+        """Of every replica that this node drives; others are forgotten."""
+        self._steps_in_flight.clear()
+        for replica, n in n_steps.items():
+            self._steps_in_flight.labels(replica).set(n)
 
     def set_stage_busy(self, busy: Mapping[tuple[str, int], float]) -> None:
         """The busy ratio of every (replica, stage) on this node; stages not named are forgotten."""
@@ -126,8 +142,8 @@ class Telemetry:
         self._latency.observe(seconds)
 
     def _show_what_is_not_counted_yet(self) -> None:
-        """Names that dashboards may ask for already; there is no prefix cache and no KV handoff yet."""
-        for spec in (metrics.PREFIX_CACHE_HIT_TOKENS, metrics.KV_HANDOFF_BYTES, metrics.KV_HANDOFF_FAILURES):
+        """Names that dashboards may ask for already; there is no KV handoff yet."""
+        for spec in (metrics.KV_HANDOFF_BYTES, metrics.KV_HANDOFF_FAILURES):
             self._counter(spec)
         self._histogram(metrics.KV_HANDOFF)
 

@@ -269,6 +269,10 @@ class Coordination:
             return Accepted(outputs)
         return type(verdict)(verdict.reason, verdict.cert, outputs)
 
+    def serves(self, epoch: Epoch) -> bool:
+        """Whether steps of `epoch` run here. Changes nothing: it is asked for every step."""
+        return self._host.slots.serves(epoch)
+
     def learn_cert(self, cert: Cert, now_s: float) -> list[Output]:
         """A certificate that came with a Refuse: commit it if that may be done here (H4)."""
         if self._terms.is_leap(cert.epoch.ballot):

@@ -1,1 +1,31 @@
-"""C kernels for CPUs, one extension module a source file; optional, see setup.py."""
+"""C kernels for CPUs, one extension module a source file; optional, see setup.py.
+
+Each module says by `instruction_sets()` which it has kernels for on this CPU, best first.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+MODULES = ("attention",)
+
+
+def load(name: str) -> ModuleType | None:
+    """The extension module, None where it was not built."""
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ImportError:
+        return None
+
+
+def built() -> dict[str, str]:
+    """The best instruction set of every module that was built."""
+    modules = {name: load(name) for name in MODULES}
+    return {name: module.instruction_sets()[0] for name, module in modules.items() if module is not None}
+
+
+def describe() -> str:
+    """Which kernels run here, in one line: "attention avx512", or what runs in their place."""
+    found = built()
+    return ", ".join(f"{name} {found[name]}" if name in found else f"{name} by torch" for name in MODULES)

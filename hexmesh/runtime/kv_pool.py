@@ -6,7 +6,7 @@ hand-over of some heads needs no transposition.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,6 +30,17 @@ class LayerKv:
 
     k: torch.Tensor  # (n_blocks, n_kv_heads, block_tokens, k_dim)
     v: torch.Tensor  # (n_blocks, n_kv_heads, block_tokens, v_dim)
+    heads: tuple[int, int, int, int] = field(init=False)
+    """KV heads and width of K, then of V."""
+    address: tuple[int, ...] = field(init=False)
+    """For the kernels: where K and V lie, bytes of an element, n_blocks, n_kv_heads, block_tokens, k_dim, v_dim."""
+
+    def __post_init__(self) -> None:
+        n_blocks, n_kv_heads, block_tokens, k_dim = self.k.shape
+        v_dim = self.v.shape[3]
+        object.__setattr__(self, "heads", (n_kv_heads, k_dim, n_kv_heads, v_dim))
+        sizes = (self.k.itemsize, n_blocks, n_kv_heads, block_tokens, k_dim, v_dim)
+        object.__setattr__(self, "address", (self.k.data_ptr(), self.v.data_ptr(), *sizes))
 
     @property
     def n_kv_heads(self) -> int:

@@ -1,13 +1,15 @@
 """A ragged batch laid out for paged attention: where each token's KV goes, and what each row reads.
 
-Rows of one token are read together, in groups whose tables differ at most twofold in length; longer rows
-(prefill chunks) are read one by one. What depends on heads or window is made once a step and kept for all
-layers.
+The kernels take rows and block tables as they are, in two arrays. For torch, rows of one token are read
+together, in groups whose tables differ at most twofold in length; longer rows (prefill chunks) are read one
+by one. All of it is made at most once a step, for all layers.
 """
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -52,29 +54,53 @@ class RaggedBatch:
         self._rows = rows
         self._block_tokens = block_tokens
         self._device = device
-        self._tables = [np.asarray(row.blocks, dtype=np.int64) for row in rows]
         self._starts = np.cumsum([0, *(row.n_tokens for row in rows)])
         self.n_tokens = int(self._starts[-1])
-        positions = np.concatenate([np.arange(row.start, row.start + row.n_tokens) for row in rows])
-        table_of = zip(self._tables, rows, strict=True)
-        blocks = np.concatenate(
-            [table[np.arange(row.start, row.start + row.n_tokens) // block_tokens] for table, row in table_of]
-        )
-        self.positions = self._tensor(positions)  # (n_tokens,)
-        self.blocks = self._tensor(blocks)  # (n_tokens,)
-        self.offsets = self._tensor(positions % block_tokens)  # (n_tokens,)
+        self.n_threads = torch.get_num_threads()
+        self._positions = np.concatenate([np.arange(row.start, row.start + row.n_tokens) for row in rows])
+        self.positions = self._tensor(self._positions)  # (n_tokens,)
         self._slots: dict[int, torch.Tensor] = {}
         self._reads: dict[tuple[int, int | None], Reads] = {}
+
+    @cached_property
+    def addresses(self) -> tuple[int, int, int, int, int]:
+        """For the kernels: where rows are described and how many, where block tables lie, of what length, n_tokens."""
+        tables, rows = self._described
+        return rows.ctypes.data, len(rows), tables.buffer_info()[0], len(tables), self.n_tokens
+
+    @cached_property
+    def _described(self) -> tuple[array[int], np.ndarray]:
+        """All block tables in one, and for each row (first token, n_tokens, position, begin and length of its table).
+
+        Those with the most to compute come first, so that threads end together.
+        """
+        tables = array("i")
+        described = []
+        for first_token, row in zip(self._starts.tolist(), self._rows, strict=False):
+            described.append((first_token, row.n_tokens, row.start, len(tables), len(row.blocks)))
+            tables.extend(row.blocks)
+        described.sort(key=lambda row: -row[1] * (row[1] + row[2]))
+        return tables, np.array(described, dtype=np.int32)
+
+    @cached_property
+    def _tables(self) -> list[np.ndarray]:
+        return [np.asarray(row.blocks, dtype=np.int64) for row in self._rows]
 
     def slots(self, n_kv_heads: int) -> torch.Tensor:
         """Where each token's heads lie in a pool seen as (-1, head_dim); token-major."""
         found = self._slots.get(n_kv_heads)
         if found is None:
-            heads = torch.arange(n_kv_heads, device=self._device)
-            head_rows = self.blocks[:, None] * n_kv_heads + heads
-            found = (head_rows * self._block_tokens + self.offsets[:, None]).flatten()
+            blocks, offsets = self._places()
+            head_rows = blocks[:, None] * n_kv_heads + np.arange(n_kv_heads)
+            found = self._tensor((head_rows * self._block_tokens + offsets[:, None]).flatten())
             self._slots[n_kv_heads] = found
         return found
+
+    def _places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Block of each token and its offset in there."""
+        index, offsets = np.divmod(self._positions, self._block_tokens)
+        parts = np.split(index, self._starts[1:-1])
+        return np.concatenate([t[i] for t, i in zip(self._tables, parts, strict=True)]), offsets
 
     def reads(self, n_kv_heads: int, window: int | None) -> Reads:
         """How the rows read layers of that many heads and that sliding window."""

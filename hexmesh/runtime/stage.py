@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 
 from hexmesh.errors import InvalidInput
-from hexmesh.runtime.attention import RunContext, Scratch, running
+from hexmesh.runtime.attention import RunContext, running
 from hexmesh.runtime.kv_pool import KvPool
 from hexmesh.runtime.ragged import RaggedBatch
 from hexmesh.runtime.splice import EMBEDDING, CutReached, Splice
+from hexmesh.runtime.torch_attention import Scratch
 from hexmesh.runtime.wanted import Wanted, wanted_of
 from hexmesh.wire.data import Row, SampledToken, SamplingParams, ScoredToken
 

@@ -28,7 +28,7 @@ def sender_fault(src: str, message: Judged, plan: Plan | None) -> str | None:
     `plan` is that of the message's epoch. Without one nothing is known of who may speak, and nothing of ours is
     in that epoch that could be spoilt.
     """
-    if isinstance(message, Generate | GenerateCancel):
+    if isinstance(message, (Generate, GenerateCancel)):
         return None if message.sequence.startswith(f"{src}/") else "it names a sequence of another gateway"
     if plan is None:
         return None

@@ -149,6 +149,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """After a change of epoch that leaves the replica as it is: each stage's KV pool that the rows rely on."""
     stage_seconds: list[_Seconds] = []
     """Compute time of the stages passed so far."""
+    queue_seconds: list[_Seconds] = []
+    """How long the step waited in their workers, for others to be computed."""
     pools: _Pools = []
     """The KV pools of the stages passed so far, as their workers name them."""
 
@@ -164,6 +166,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     scored: list[list[ScoredToken]] = []
     """For each row with a `scoring`, all of its followers."""
     stage_seconds: list[_Seconds]
+    queue_seconds: list[_Seconds] = []
     pools: _Pools = []
 
 
@@ -260,6 +263,10 @@ class ReplicaStats(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     requests_waiting: _Count
     kv_blocks_total: _Count
     kv_blocks_free: _Count
+    """What new sequences can get, cached blocks included."""
+    kv_blocks_cached: _Count = 0
+    kv_blocks_leased: _Count = 0
+    steps_in_flight: _Count = 0
     tokens_per_s: Annotated[float, msgspec.Meta(ge=0.0)]
     stage_busy: list[_Share]
     is_broken: bool = False

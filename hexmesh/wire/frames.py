@@ -128,11 +128,30 @@ class FrameDecoder:
             yield from self.advance(n_bytes)
 
     def _frames(self) -> Iterator[Frame]:
-        while self._fill_part():
-            frame = self._next_part()
+        while True:
+            frame = self._whole_frame()
+            if frame is None:
+                if not self._fill_part():
+                    break
+                frame = self._next_part()
             if frame is not None:
                 yield frame
         self._move_rest_to_front()
+
+    def _whole_frame(self) -> Frame | None:
+        """The next frame, if it has come as a whole; mostly it has."""
+        header_at = self._start + _LENGTHS.size
+        if self._part is not None or self._stop < header_at:
+            return None
+        header_bytes, payload_bytes = _LENGTHS.unpack_from(self._scratch, self._start)
+        payload_at = header_at + header_bytes
+        stop = payload_at + payload_bytes
+        if self._stop < stop:
+            return None
+        self.limits.check(header_bytes, payload_bytes)
+        self._start = stop
+        header = bytearray(self._scratch[header_at:payload_at])
+        return Frame(header, memoryview(bytearray(self._scratch[payload_at:stop])))
 
     def _fill_part(self) -> bool:
         """Move scratch bytes into the part being received; True when that part is complete."""

@@ -90,6 +90,8 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     stage: str
     step: int
     rows: list[Row]
+    sent_s: float
+    """By CLOCK_MONOTONIC, which daemon and worker share."""
 
 
 class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -98,6 +100,8 @@ class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     stage: str
     step: int
     compute_s: float
+    waited_s: float
+    """How long the worker computed other steps after this one had been sent to it."""
     sampled: list[list[SampledToken]]
     scored: list[list[ScoredToken]] = []
 

@@ -38,6 +38,7 @@ from daemon.peering.peers import PeerEvents, PeerNetwork
 from daemon.runfile import Run, write_run
 from daemon.trust.admission import found_mesh
 from daemon.trust.state import Membership, StateFolder
+from hexmesh import native
 from hexmesh.cluster import Cluster, Device, Node
 from hexmesh.identity.keys import NodeKey
 from hexmesh.identity.revocations import sign_revocation
@@ -72,6 +73,7 @@ def world(**fields: Any) -> World:
     sound: dict[str, Any] = {
         "torch": lambda: Torch(version="2.13.0"),
         "driver": Driver,
+        "kernels": lambda: dict.fromkeys(native.MODULES, "avx2"),
         "inventory": lambda: Inventory(cpu_name="c", n_cpus=2, available_bytes=8 * GIB),
         "free_bytes": lambda path: 100 * GIB,
         "api_key": None,
@@ -120,7 +122,7 @@ def test_a_sound_member_passes(tmp_path: Path, shipped: ModelReference) -> None:
     assert mend_first(findings) is None
     assert outcomes(findings) == {
         **dict.fromkeys(("python", "packages", "driver", "torch", "state folder", "state files"), "pass"),
-        **dict.fromkeys(("disk", "certificate", "http port", "peer port", "dht port"), "pass"),
+        **dict.fromkeys(("kernels", "disk", "certificate", "http port", "peer port", "dht port"), "pass"),
         **dict.fromkeys(("model", "memory"), "pass"),
         "listen address": "warn",
         **dict.fromkeys(("clock", "peer", "reverse reach", "model cache"), "not-run"),
@@ -233,6 +235,16 @@ def test_torch_that_does_not_load(tmp_path: Path) -> None:
     first = the_one_thing(examine(options(tmp_path / "s"), world(torch=lambda: broken)))
     assert first.check == "torch"
     assert "libcudart.so.12" in first.finding
+
+
+def test_kernels_that_were_not_built(tmp_path: Path) -> None:
+    findings = examine(options(tmp_path / "s"), world(kernels=dict))
+
+    assert mend_first(findings) is None
+    (kernels,) = [finding for finding in findings if finding.check == "kernels"]
+    assert kernels.outcome == "warn"
+    assert kernels.finding.startswith("no C kernels for attention")
+    assert "pip install" in kernels.next_step
 
 
 def test_a_torch_without_cuda_beside_a_gpu(tmp_path: Path) -> None:

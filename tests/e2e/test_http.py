@@ -1236,7 +1236,7 @@ async def test_metrics_follow_the_requests(service: FakeService, session: Client
     service.telemetry.set_kv_blocks(service.status().kv_blocks)
     service.telemetry.set_members(service.members())
     service.telemetry.set_links(service.links(), node="n1")
-    service.telemetry.observe_step("r0", 0.02, [0.01])
+    service.telemetry.observe_step("r0", 0.02, [0.01], 0.01)
     await post(session, "/v1/completions", {**PROMPT, "n": 2})
     await post(session, "/v1/completions", {**PROMPT, "max_tokens": 2})
     await post(session, "/v1/completions", {"prompt": 5})

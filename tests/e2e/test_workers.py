@@ -19,9 +19,9 @@ import pytest_asyncio
 import torch
 
 from daemon.compute.workers import Worker, Workshop
-from hexmesh.errors import Closed, Internal, InvalidInput, Lost, NotReady, Refused
+from hexmesh.errors import Closed, HexmeshError, Internal, InvalidInput, Lost, NotReady, Refused
 from hexmesh.wire.data import Row, SamplingParams
-from hexmesh.wire.worker import LoadStage, RunStep, StageLoaded
+from hexmesh.wire.worker import LoadStage, RunStep, StageLoaded, StepDone
 from tests.golden.tiny_models import save_tiny_model
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -80,7 +80,23 @@ def ids(tokens: list[int]) -> bytes:
 
 def step_of(stage: str, number: int, start: int, n_tokens: int) -> RunStep:
     row = Row(start=start, n_tokens=n_tokens, blocks=BLOCKS, sample=SamplingParams())
-    return RunStep(stage=stage, step=number, rows=[row])
+    return RunStep(stage=stage, step=number, rows=[row], sent_s=time.monotonic())
+
+
+async def run_step(
+    worker: Worker, order: RunStep, payload: bytes | memoryview
+) -> tuple[StepDone, memoryview]:
+    """A step's answer. Raises what went wrong."""
+    answer: asyncio.Future[tuple[StepDone, memoryview]] = asyncio.get_running_loop().create_future()
+
+    def on_end(done: StepDone | HexmeshError, out: memoryview) -> None:
+        if isinstance(done, StepDone):
+            answer.set_result((done, out))
+        else:
+            answer.set_exception(done)
+
+    worker.run_step(order, payload, on_end)
+    return await answer
 
 
 async def generate(*stages: tuple[Worker, str]) -> list[int]:
@@ -91,7 +107,7 @@ async def generate(*stages: tuple[Worker, str]) -> list[int]:
         new = tokens[n_computed:]
         payload: bytes | memoryview = ids(new)
         for worker, stage in stages:
-            done, payload = await worker.run_step(step_of(stage, number, n_computed, len(new)), payload)
+            done, payload = await run_step(worker, step_of(stage, number, n_computed, len(new)), payload)
         assert done.compute_s > 0
         n_computed = len(tokens)
         tokens.append(done.sampled[0][0].token_id)
@@ -124,7 +140,7 @@ async def test_steps_in_flight_come_back_to_their_callers(
     await worker.load(order(folder, "whole", 0, 5))
 
     answers = await asyncio.gather(
-        *(worker.run_step(step_of("whole", number, 0, len(PROMPT)), ids(PROMPT)) for number in range(20))
+        *(run_step(worker, step_of("whole", number, 0, len(PROMPT)), ids(PROMPT)) for number in range(20))
     )
 
     assert [done.step for done, _ in answers] == list(range(20))
@@ -164,7 +180,7 @@ async def test_deferred_pool_runs_its_steps_once_there_is_room(
     new = await worker.load(order(folder, "new", 0, 5, budget_bytes=needed(old) + 2048))
     assert new.pool_deferred
 
-    waiting = asyncio.create_task(worker.run_step(step_of("new", 0, 0, len(PROMPT)), ids(PROMPT)))
+    waiting = asyncio.create_task(run_step(worker, step_of("new", 0, 0, len(PROMPT)), ids(PROMPT)))
     assert await generate((worker, "old")) == expected
     assert not waiting.done()
     worker.drop("old")
@@ -233,20 +249,20 @@ async def test_nonsense_steps_leave_the_stage_alone(worker: Worker, model: tuple
     folder, expected = model
     await worker.load(order(folder, "whole", 0, 5))
 
-    outside = RunStep(stage="whole", step=1, rows=[Row(start=0, n_tokens=1, blocks=[99])])
+    outside = RunStep(stage="whole", step=1, rows=[Row(start=0, n_tokens=1, blocks=[99])], sent_s=0.0)
     with pytest.raises(InvalidInput, match="block ids"):
-        await worker.run_step(outside, ids([3]))
+        await run_step(worker, outside, ids([3]))
     with pytest.raises(InvalidInput, match="whole number"):
-        await worker.run_step(step_of("whole", 2, 0, 1), b"12345")
+        await run_step(worker, step_of("whole", 2, 0, 1), b"12345")
     with pytest.raises(InvalidInput, match="not in this worker"):
-        await worker.run_step(step_of("none", 3, 0, 1), ids([3]))
+        await run_step(worker, step_of("none", 3, 0, 1), ids([3]))
 
     assert await generate((worker, "whole")) == expected
 
 
 async def test_dropped_stage_fails_what_is_in_flight(worker: Worker, folder: Path) -> None:
     await worker.load(order(folder, "whole", 0, 5))
-    running = asyncio.create_task(worker.run_step(step_of("whole", 1, 0, len(PROMPT)), ids(PROMPT)))
+    running = asyncio.create_task(run_step(worker, step_of("whole", 1, 0, len(PROMPT)), ids(PROMPT)))
     await asyncio.sleep(0)
 
     worker.drop("whole")
@@ -257,11 +273,11 @@ async def test_dropped_stage_fails_what_is_in_flight(worker: Worker, folder: Pat
 
 async def test_same_step_twice_is_our_bug(worker: Worker, folder: Path) -> None:
     await worker.load(order(folder, "whole", 0, 5))
-    first = asyncio.create_task(worker.run_step(step_of("whole", 1, 0, len(PROMPT)), ids(PROMPT)))
+    first = asyncio.create_task(run_step(worker, step_of("whole", 1, 0, len(PROMPT)), ids(PROMPT)))
     await asyncio.sleep(0)
 
     with pytest.raises(Internal):
-        await worker.run_step(step_of("whole", 1, 0, len(PROMPT)), ids(PROMPT))
+        await run_step(worker, step_of("whole", 1, 0, len(PROMPT)), ids(PROMPT))
     await first
 
 
@@ -321,7 +337,7 @@ async def test_workshop_that_died_or_hangs_is_replaced() -> None:
             process.suspend()
         second.kill("a step took too long")
         assert await second.wait_closed() == "a step took too long"
-        assert not parent.is_running()
+        assert await asyncio.to_thread(all_end, [parent], 10.0)
 
         third = await shop.start_worker("cpu", 1, None)
 
@@ -330,15 +346,14 @@ async def test_workshop_that_died_or_hangs_is_replaced() -> None:
 
 DAEMON = """
 import asyncio
-from contextlib import suppress
 from daemon.compute.workers import Workshop
-from hexmesh.errors import InvalidInput
 from hexmesh.wire.worker import RunStep
 async def main():
     async with Workshop() as shop:
         worker = await shop.start_worker("cpu", 1, None)
-        with suppress(InvalidInput):  # an answer shows that it is up
-            await worker.run_step(RunStep(stage="none", step=0, rows=[]), b"")
+        answered = asyncio.Event()  # it is up
+        worker.run_step(RunStep(stage="none", step=0, rows=[], sent_s=0.0), b"", lambda *_: answered.set())
+        await answered.wait()
         print(worker.pid, flush=True)
         await asyncio.sleep(600)
 asyncio.run(main())

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hexmesh.architectures import SUPPORTED_MODEL_TYPES
-from hexmesh.runtime import packed
+from hexmesh.runtime import native_attention, packed
 from hexmesh.runtime.residency import Residency
 from hexmesh.runtime.stage import Stage
 from hexmesh.wire.data import Row, SampledToken, SamplingParams
@@ -199,6 +199,19 @@ def test_packed_layers_equal_transformers(
     if packed.can_pack(torch.float32, torch.device("cpu")):
         assert n_packed >= 4 * N_LAYERS + 1
     sequences = generate_all(stages, reference.prompts)
+    assert [[sampled.token_id for sampled in one.sampled] for one in sequences] == reference.answers
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gpt_oss", "qwen3"])
+def test_stages_without_kernels_equal_transformers(
+    model_type: str, reference_of: Callable[[str], Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a host without a compiler: plain heads, a window, soft caps, sinks, narrow heads."""
+    reference = reference_of(model_type)
+    monkeypatch.setattr(native_attention, "KERNELS", None)
+
+    sequences = generate_all(load_stages(reference.folder, CUTS[2]), reference.prompts)
+
     assert [[sampled.token_id for sampled in one.sampled] for one in sequences] == reference.answers
 
 

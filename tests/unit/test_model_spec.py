@@ -15,7 +15,7 @@ from hexmesh.errors import InvalidInput
 from hexmesh.model_spec import ModelSpec, model_spec_from_config, supported_model_types
 
 _LAYER_OF = re.compile(r"\.(?:layers|h)\.(\d+)\.")
-_HEAD_DIM_IS_FIXED = {"gpt2", "gpt_neox", "opt", "stablelm"}
+_HEAD_DIM_IS_FIXED = {"gpt2", "gpt_bigcode", "gpt_neox", "opt", "stablelm", "olmoe", "gptj", "falcon"}
 
 
 def _dims(rng: random.Random, model_type: str) -> dict[str, Any]:
@@ -58,8 +58,56 @@ def _opt(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     return config
 
 
-_OWN_KEYS = {"gpt2": _gpt2, "opt": _opt}
+def _deepseek(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    config.pop("head_dim", None)
+    config["num_key_value_heads"] = config["num_attention_heads"]
+    return config | {
+        "q_lora_rank": rng.choice((None, 11)),
+        "kv_lora_rank": 14,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 10,
+        "first_k_dense_replace": rng.choice((0, 1)),
+        "moe_intermediate_size": rng.randrange(5, 40),
+        "n_shared_experts": rng.randrange(1, 3),
+    }
+
+
+def _falcon(config: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    config["ffn_hidden_size"] = config.pop("intermediate_size")
+    config["num_kv_heads"] = config.pop("num_key_value_heads")
+    if rng.random() < 0.3:
+        config["num_ln_in_parallel_attn"] = 1
+    return config
+
+
+_OWN_KEYS = {
+    "falcon": _falcon,
+    "gptj": _gpt2,
+    "gpt2": _gpt2,
+    "gpt_bigcode": _gpt2,
+    "opt": _opt,
+    "deepseek_v2": _deepseek,
+    "deepseek_v3": _deepseek,
+}
 _FLAGS = {
+    "arcee": ("attention_bias", "mlp_bias"),
+    "cohere": ("attention_bias", "use_qk_norm"),
+    "cohere2": ("attention_bias",),
+    "ernie4_5": ("use_bias",),
+    "falcon": ("bias", "new_decoder_architecture", "multi_query", "parallel_attn"),
+    "glm": ("attention_bias",),
+    "glm4": ("attention_bias",),
+    "glm4_moe": ("attention_bias", "use_qk_norm"),
+    "granitemoe": ("attention_bias",),
+    "olmo3": ("attention_bias",),
+    "phimoe": ("attention_bias", "lm_head_bias"),
+    "seed_oss": ("attention_bias", "attention_out_bias", "mlp_bias"),
+    "deepseek_v2": ("attention_bias", "mlp_bias"),
+    "deepseek_v3": ("attention_bias",),
+    "gpt_bigcode": ("multi_query",),
+    "gpt_oss": ("attention_bias",),
+    "olmoe": ("attention_bias",),
     "llama": ("attention_bias", "mlp_bias"),
     "qwen2_moe": ("qkv_bias",),
     "qwen3": ("attention_bias",),
@@ -82,7 +130,18 @@ _FLAGS = {
         "_remove_final_layer_norm",
     ),
 }
-_EXPERTS = {"mixtral": "num_local_experts", "qwen2_moe": "num_experts", "qwen3_moe": "num_experts"}
+_EXPERTS = {
+    "mixtral": "num_local_experts",
+    "qwen2_moe": "num_experts",
+    "qwen3_moe": "num_experts",
+    "olmoe": "num_experts",
+    "gpt_oss": "num_local_experts",
+    "granitemoe": "num_local_experts",
+    "phimoe": "num_local_experts",
+    "glm4_moe": "n_routed_experts",
+    "deepseek_v2": "n_routed_experts",
+    "deepseek_v3": "n_routed_experts",
+}
 
 
 def _random_config(model_type: str, seed: int) -> dict[str, Any]:
@@ -169,10 +228,13 @@ def test_bytes_of_one_stage_are_the_bytes_of_the_model(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type", ["llama", "qwen3", "gemma2", "olmo2", "gpt2", "opt", "gpt_neox", "phi3"]
+    "model_type",
+    ["llama", "qwen3", "gemma2", "olmo2", "gpt2", "gpt_bigcode", "opt", "gpt_neox", "phi3", "deepseek_v2"],
 )
 def test_kv_per_token_is_what_the_cache_of_transformers_holds(model_type: str) -> None:
     config = _random_config(model_type, seed=2) | {"tie_word_embeddings": True}
+    if model_type == "deepseek_v2":
+        config["first_k_dense_replace"] = 9  # experts do not run on the meta device
     spec, model = model_spec_from_config(config), _build(config)
     n_tokens = 7
     with torch.no_grad():

@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import random
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterable, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,13 +19,14 @@ from typing import Any, cast
 
 import msgspec
 
+from daemon.compute.workers import StepCallback
 from daemon.epochs import Epochs
 from daemon.gateway import Gateway, Route
 from daemon.models.node_weights import NodeWeights
 from daemon.pipeline import ReplicaDriver
 from daemon.stages import ModelFiles, StageHost
 from daemon.web.service import GenerationRequest
-from hexmesh.errors import Lost, NotReady
+from hexmesh.errors import Closed, Lost, NotReady
 from hexmesh.membership.outputs import Accepted, Admission, Refused
 from hexmesh.plan import Plan, Replica, Stage, encode_plan
 from hexmesh.serving.batcher import BatchLimits
@@ -86,6 +87,8 @@ class FakeWorker:
         self.n_steps = 0
         self.defers_pools = False
         """Whether there is no room for a second pool."""
+        self._steps: deque[tuple[RunStep, bytes, StepCallback]] = deque()
+        self._running: asyncio.Task[None] | None = None
         self._pool_names: dict[str, str] = {}
         self._pools: dict[str, dict[tuple[int, int], int]] = {}
 
@@ -115,7 +118,23 @@ class FakeWorker:
         self.killed_because = reason
         self.may_run.set()
 
-    async def run_step(self, order: RunStep, payload: bytes) -> tuple[StepDone, bytes]:
+    def run_step(self, order: RunStep, payload: bytes, on_end: StepCallback) -> None:
+        self._steps.append((order, payload, on_end))
+        if self._running is None:
+            self._running = asyncio.get_running_loop().create_task(self._run_steps())
+
+    async def _run_steps(self) -> None:
+        while self._steps:
+            order, payload, on_end = self._steps.popleft()
+            try:
+                done = await self._compute(order, payload)
+            except (Closed, Lost) as error:
+                on_end(error, memoryview(b""))
+            else:
+                on_end(done, memoryview(bytes(payload)))
+        self._running = None
+
+    async def _compute(self, order: RunStep, payload: bytes) -> StepDone:
         is_held = not self.may_run.is_set()
         await self.may_run.wait()
         if is_held and self.killed_because:
@@ -123,6 +142,8 @@ class FakeWorker:
         await asyncio.sleep(0)
         if self.is_dead:
             raise Lost("the fake worker is dead")
+        if order.stage not in self._pool_names:
+            raise Closed(f"stage {order.stage} was dropped")
         self.n_steps += 1
         pool = self._pools[self._pool_names[order.stage]]
         tokens = array("q", bytes(payload))
@@ -131,8 +152,9 @@ class FakeWorker:
         for row in order.rows:
             answer = self._run_row(pool, row, [tokens.pop(0) for _ in range(row.n_tokens)])
             sampled += [answer] if answer else []
-        done = StepDone(stage=order.stage, step=order.step, compute_s=0.001, sampled=sampled, scored=scored)
-        return done, bytes(payload)
+        return StepDone(
+            stage=order.stage, step=order.step, compute_s=0.001, waited_s=0.0, sampled=sampled, scored=scored
+        )
 
     def _run_row(self, pool: dict[tuple[int, int], int], row: Row, tokens: list[int]) -> list[SampledToken]:
         for position, token in enumerate(tokens, start=row.start):
@@ -320,7 +342,11 @@ class FakeMesh:
         dst = self.nodes[to]
         if src.is_cut or dst.is_cut:
             return src is dst
-        if not self.lose(message):
+        if self.lose(message):
+            return True
+        if src is dst and isinstance(message, Step | StepResult):  # as the daemon does
+            dst.receive(src.id, message, payload)
+        else:
             asyncio.get_running_loop().call_soon(dst.receive, src.id, message, payload)
         return True
 

@@ -49,7 +49,7 @@ async def test_streams_share_steps() -> None:
     async with fake_mesh("ab") as mesh:
         await mesh.commit("ab")
         await asyncio.gather(*(mesh.ask("b", [*PROMPT, i], 30, name=str(i)) for i in range(5)))
-        assert mesh.nodes["a"].driver().steps_run <= 1.2 * 31
+        assert mesh.nodes["a"].driver().steps_run <= 2.2 * 31, "two stages, two groups at most"
 
 
 async def answer_while(mesh: FakeMesh, at: str, disturb: Callable[[], Awaitable[None]]) -> list[int]:
@@ -268,13 +268,17 @@ async def test_a_planned_change_lets_running_sequences_end_where_they_are() -> N
         await until(lambda: not any(node.epochs.draining for node in mesh.nodes.values()))
 
 
+def is_third(mesh: FakeMesh, answer: StepResult) -> bool:
+    return answer.step == mesh.nodes["a"].driver()._number_before + 3
+
+
 async def test_a_lost_step_is_sent_again() -> None:
     async with fake_mesh("ab") as mesh:
         await mesh.commit("ab")
         lost: list[StepResult] = []
 
         def lose_third(message: object) -> bool:
-            if isinstance(message, StepResult) and message.step == 3 and not lost:
+            if isinstance(message, StepResult) and is_third(mesh, message) and not lost:
                 lost.append(message)
                 asyncio.get_running_loop().call_soon(mesh.nodes["a"].driver().link_reset, "b")
                 return True

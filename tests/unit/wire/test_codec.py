@@ -78,7 +78,7 @@ def test_members_read_data_and_control_with_one_codec(message: Step | Generated)
 
 
 def test_worker_unions() -> None:
-    request = RunStep(stage="s", step=1, rows=STEP.rows)
+    request = RunStep(stage="s", step=1, rows=STEP.rows, sent_s=2.5)
 
     assert codec.WORKER_REQUESTS.decode(codec.encode(request)) == request
     with pytest.raises(InvalidInput, match="not a worker reply message"):

@@ -1,0 +1,29 @@
+"""What replicas can do at best, in steady state: the analytic score that searches compare layouts by.
+
+`Capacities` rates one replica in each role, `best_flow` puts replicas together, `score_replicas` does both for a plan.
+"""
+
+from hexmesh.score.bound import fluid_bound
+from hexmesh.score.capacity import Capacities, Decode, Mixed, Prefill
+from hexmesh.score.flows import FlowScore, Limit, ReplicaRates, best_flow, handoff_bytes
+from hexmesh.score.pipeline import Hop, Pipeline, Seat, pipeline_of
+from hexmesh.score.plan_score import replica_rates, score_replicas
+
+__all__ = [
+    "Capacities",
+    "Decode",
+    "FlowScore",
+    "Hop",
+    "Limit",
+    "Mixed",
+    "Pipeline",
+    "Prefill",
+    "ReplicaRates",
+    "Seat",
+    "best_flow",
+    "fluid_bound",
+    "handoff_bytes",
+    "pipeline_of",
+    "replica_rates",
+    "score_replicas",
+]
