@@ -10,16 +10,14 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
 from tools.bench.models import make_m125, random_prompt
+from tools.bench.processes import cpu_seconds, measure_idle, memory, metric, metrics_of
 from tools.bench.reference import Reference
 from tools.bench.report import Report, bench_arguments, print_report, progress
 
@@ -27,8 +25,6 @@ PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 128
 MEMORY_MIB = {1: 1500, 2: 380, 3: 235}
 """Budget of each node that makes a pipeline of so many stages necessary for the 499 MB of weights."""
-IDLE_S = 3.0
-"""How long an idle mesh is watched."""
 MIB = 2**20
 
 
@@ -163,60 +159,12 @@ def generate(daemon: LocalDaemon, prompt: list[int], max_tokens: int) -> Timed:
     return Timed(times_s)
 
 
-def measure_idle(mesh: LocalMesh) -> dict[str, float]:
-    """CPU seconds a second that each kind of process takes while nothing is asked."""
-    before = cpu_seconds(mesh)
-    time.sleep(IDLE_S)
-    return {role: (after - before.get(role, 0.0)) / IDLE_S for role, after in cpu_seconds(mesh).items()}
-
-
-def cpu_seconds(mesh: LocalMesh) -> dict[str, float]:
-    """CPU seconds so far, by kind of process, summed over the mesh."""
-    return _by_role(mesh, lambda process: sum(cpu_times_s(process)), sum)
-
-
-def memory(mesh: LocalMesh) -> dict[str, float]:
-    """Proportional set size in bytes by kind of process, mean over the mesh."""
-    return _by_role(mesh, lambda process: float(process.memory_full_info().pss), lambda v: sum(v) / len(v))
-
-
 def compute_share(mesh: LocalMesh) -> float:
     """Share of the steps' round trips that stages spent computing, from the daemons' own metrics."""
-    compute_s = sum(_metric(daemon, "hexmesh_stage_step_seconds_sum") for daemon in mesh.daemons)
-    steps_s = sum(_metric(daemon, "hexmesh_step_round_trip_seconds_sum") for daemon in mesh.daemons)
+    lines = metrics_of(mesh.daemons)
+    compute_s = metric(lines, "hexmesh_stage_step_seconds_sum")
+    steps_s = metric(lines, "hexmesh_step_round_trip_seconds_sum")
     return compute_s / steps_s if steps_s else 0.0
-
-
-def cpu_times_s(process: psutil.Process) -> tuple[float, float]:
-    """User and system seconds of a process."""
-    times = process.cpu_times()
-    return times.user, times.system
-
-
-def _metric(daemon: LocalDaemon, name: str) -> float:
-    """Sum of a metric's series on one daemon."""
-    lines = daemon.client.get("/metrics").decode().splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
-
-
-def _by_role(
-    mesh: LocalMesh, figure: Callable[[psutil.Process], float], combine: Callable[[list[float]], float]
-) -> dict[str, float]:
-    found: dict[str, list[float]] = {}
-    for daemon in mesh.daemons:
-        process = psutil.Process(daemon.process.pid)
-        for one in [process, *process.children(recursive=True)]:
-            found.setdefault(_role(one, process), []).append(figure(one))
-    return {role: combine(values) for role, values in found.items()}
-
-
-def _role(process: psutil.Process, daemon: psutil.Process) -> str:
-    if process == daemon:
-        return "daemon"
-    name, command = process.name(), " ".join(process.cmdline())
-    if "p2pd" in name or "p2pd" in command:
-        return "p2pd"
-    return "workshop" if process.ppid() == daemon.pid else "worker"
 
 
 if __name__ == "__main__":
