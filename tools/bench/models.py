@@ -17,15 +17,40 @@ def make_m125(folder: Path) -> Path:
 
     Seeded. Its tokenizer is the shipped model's, so only prompts given as token ids make full use of the vocabulary.
     """
+    return _make_llama(folder, n_kv_heads=4)
+
+
+def make_mha134(folder: Path) -> Path:
+    """The same with 12 KV heads, so with three times the KV to read: 134.1 M parameters."""
+    return _make_llama(folder, n_kv_heads=12)
+
+
+def make_1b(folder: Path) -> Path:
+    """A random Llama of 1.1 G parameters (hidden 2048, 22 layers, 4 KV heads, vocabulary 32000), kept in bfloat16."""
+    return _make_llama(
+        folder, hidden=2048, intermediate=5632, n_layers=22, n_heads=32, n_kv_heads=4, dtype=torch.bfloat16
+    )
+
+
+def _make_llama(
+    folder: Path,
+    *,
+    hidden: int = 768,
+    intermediate: int = 2048,
+    n_layers: int = 12,
+    n_heads: int = 12,
+    n_kv_heads: int,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     if (folder / "model.safetensors").exists():
         return folder
     torch.manual_seed(1234)
     config = LlamaConfig(
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=4,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_kv_heads,
         vocab_size=32000,
         max_position_embeddings=4096,
         rms_norm_eps=1e-5,
@@ -34,7 +59,7 @@ def make_m125(folder: Path) -> Path:
         bos_token_id=1,
         eos_token_id=2,
     )
-    model = LlamaForCausalLM(config).to(torch.float32)
+    model = LlamaForCausalLM(config).to(dtype)
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
