@@ -317,6 +317,7 @@ typedef struct {
     long block;             /* elements of k at a time */
     long part_rows;         /* outputs of one part of the work, a multiple of 2 * ROWS */
     long parts_before[MOST_MATRICES + 1];
+    atomic_bool is_short; /* of memory: the answer is not whole */
 } Product;
 
 static inline four_floats rounded4(four_floats value)
@@ -443,13 +444,16 @@ static long multiply_several(const Product *product, const Matrix *matrix, long 
 }
 
 /* One output of several tokens, each taken out of its tile again. */
-static void multiply_single(const Product *product, const Matrix *matrix, long row, long first, long n, const char *x)
+static void multiply_single(Product *product, const Matrix *matrix, long row, long first, long n, const char *x)
 {
     const Tiles *tiles = product->tiles;
     const size_t step_bytes = tiles->step * tiles->x_bytes;
     const long n_steps = (product->k + tiles->step - 1) / tiles->step, n_tiles = tile_count(tiles, n);
     char *alone = kept_buffer(1, product->packed_stride);
-    if (!alone) return;
+    if (!alone) {
+        product->is_short = true;
+        return;
+    }
     for (long tile = 0, token = 0; tile < n_tiles; tile++) {
         const long size = tile_tokens(n, token, n_tiles - tile);
         for (long t = 0; t < size; t++) {
@@ -466,7 +470,7 @@ static void multiply_single(const Product *product, const Matrix *matrix, long r
 
 static void multiply_part(void *context, int index)
 {
-    const Product *product = context;
+    Product *product = context;
     int m = 0;
     while (index >= product->parts_before[m + 1]) m++;
     const Matrix *matrix = &product->matrices[m];
@@ -544,7 +548,7 @@ static bool multiply(Product *product, int n_threads)
         product->parts_before[m + 1] = product->parts_before[m] + parts;
     }
     run_loop(multiply_part, product, (int)product->parts_before[product->n_matrices], n_threads);
-    return true;
+    return !product->is_short;
 }
 
 /* ---- What stands between products. */
@@ -656,7 +660,7 @@ PyDoc_STRVAR(linear_doc,
              "y = x @ w.T + bias + residual; 0 where there is no bias or residual. All dense: x (n_tokens, k),\n"
              "w (n_outputs, k), y and residual (n_tokens, n_outputs).");
 
-static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t n_args)
+static PyObject *linear(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_args)
 {
     long long a[10];
     if (!read_longs(args, n_args, 10, a)) return NULL;
@@ -673,7 +677,7 @@ PyDoc_STRVAR(gated_doc,
              "down_bias, y)\n\n"
              "y = (act(x @ gate.T + gate_bias) * (x @ up.T + up_bias)) @ down.T + down_bias.");
 
-static PyObject *gated(PyObject *self, PyObject *const *args, Py_ssize_t n_args)
+static PyObject *gated(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_args)
 {
     long long a[14];
     if (!read_longs(args, n_args, 14, a)) return NULL;
@@ -689,7 +693,7 @@ PyDoc_STRVAR(rms_norm_doc,
              "rms_norm(is_bf16, n_rows, n, x, y, weight, norm_end, eps)\n\n"
              "y = x / sqrt(mean(x ** 2) + eps) * weight for dense rows of n; norm_end says how it scales and rounds.");
 
-static PyObject *rms_norm(PyObject *self, PyObject *const *args, Py_ssize_t n_args)
+static PyObject *rms_norm(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_args)
 {
     long long a[7];
     if (!read_longs(args, n_args - 1, 7, a)) return NULL;
@@ -707,7 +711,7 @@ PyDoc_STRVAR(before_attention_doc,
              "Normalises x (n_tokens, width), multiplies it into q, k and v (n_tokens, heads, dim), and turns q and k\n"
              "by cos and sin (n_tokens, dim).");
 
-static PyObject *before_attention(PyObject *self, PyObject *const *args, Py_ssize_t n_args)
+static PyObject *before_attention(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_args)
 {
     long long a[21];
     if (!read_longs(args, n_args - 1, 21, a)) return NULL;
@@ -736,7 +740,7 @@ PyDoc_STRVAR(after_attention_doc,
              "o_w, o_bias, norm, norm_end, gate, gate_bias, up, up_bias, down, down_bias, eps)\n\n"
              "h = x + attended @ o.T, y = h + the gated product of h normalised.");
 
-static PyObject *after_attention(PyObject *self, PyObject *const *args, Py_ssize_t n_args)
+static PyObject *after_attention(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t n_args)
 {
     long long a[20];
     if (!read_longs(args, n_args - 1, 20, a)) return NULL;
@@ -763,7 +767,7 @@ static PyObject *after_attention(PyObject *self, PyObject *const *args, Py_ssize
 
 PyDoc_STRVAR(instruction_sets_doc, "instruction_sets()\n\nNames of those that this CPU has kernels for, best first.");
 
-static PyObject *instruction_sets(PyObject *self, PyObject *unused)
+static PyObject *instruction_sets(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(nothing))
 {
     PyObject *names = PyTuple_New(best_set + 1);
     for (int i = 0; names && i <= best_set; i++)
@@ -773,7 +777,7 @@ static PyObject *instruction_sets(PyObject *self, PyObject *unused)
 
 PyDoc_STRVAR(use_doc, "use(name)\n\nFrom now on that instruction set; ValueError where the CPU lacks it. For tests.");
 
-static PyObject *use(PyObject *self, PyObject *name)
+static PyObject *use(PyObject *Py_UNUSED(module), PyObject *name)
 {
     for (int i = 0; i <= best_set; i++)
         if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, SETS[i].name) == 0) {

@@ -49,7 +49,7 @@ class NativeLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight
         n_tokens = x.numel() // self.in_features
-        if n_tokens > MOST_TOKENS[x.dtype]:
+        if not _fits(x, weight, self.in_features) or n_tokens > MOST_TOKENS[x.dtype]:
             return F.linear(x, weight, self.bias)
         y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype)
         if n_tokens:
@@ -97,14 +97,17 @@ class Gated:
 class NativeRmsNorm(nn.Module):
     """Takes the place of a module that divides by the root of the mean square and scales."""
 
-    def __init__(self, norm: Norm) -> None:
+    def __init__(self, original: nn.Module, norm: Norm) -> None:
         super().__init__()
+        self.original = original
         self.norm = norm
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        width = self.norm.weight.numel()
+        if not _fits(x, self.norm.weight, width):
+            return self.original(x)  # type: ignore[no-any-return]
         x = x.contiguous()
         y = torch.empty_like(x)
-        width = x.shape[-1]
         KERNELS.rms_norm(  # type: ignore[union-attr]
             x.dtype == torch.bfloat16,
             x.numel() // width,
@@ -129,7 +132,7 @@ class NativeGatedMlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         width = self.gated.gate.in_features
         n_tokens = x.numel() // width
-        if not 0 < n_tokens <= MOST_TOKENS[x.dtype]:
+        if not _fits(x, self.gated.gate.weight, width) or not 0 < n_tokens <= MOST_TOKENS[x.dtype]:
             return self.original(x)  # type: ignore[no-any-return]
         x = x.contiguous()
         y = torch.empty_like(x)
@@ -160,6 +163,19 @@ class LayerParts:
     o: NativeLinear
     second_norm: Norm
     gated: Gated
+
+    @property
+    def is_consistent(self) -> bool:
+        """Whether all sizes fit: the kernels read as far as they are told."""
+        width, n_outputs = self.q.in_features, self.q.out_features
+        widths = (self.k.in_features, self.v.in_features, self.o.out_features, self.gated.gate.in_features)
+        norms = (self.first_norm.weight.numel(), self.second_norm.weight.numel())
+        return (
+            {*widths, *norms} == {width}
+            and self.o.in_features == n_outputs
+            and self.k.out_features == self.v.out_features
+            and self.head_dim % 2 == n_outputs % self.head_dim == self.k.out_features % self.head_dim == 0
+        )
 
 
 class NativeLayer(nn.Module):
@@ -225,6 +241,8 @@ class NativeLayer(nn.Module):
     def _knows(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
         if position_embeddings is None or x.shape[0] != 1:
             return False
+        if not _fits(x, self._parts.q.weight, self._parts.q.in_features):
+            return False
         shape = (1, x.shape[1], self._parts.head_dim)
         return all(part.shape == shape and part.dtype == x.dtype for part in position_embeddings)
 
@@ -259,6 +277,11 @@ class NativeLayer(nn.Module):
             *step, x.data_ptr(), attended.data_ptr(), y.data_ptr(), *self._after
         )
         return y
+
+
+def _fits(x: torch.Tensor, weight: torch.Tensor, width: int) -> bool:
+    """Whether the kernels may read x as rows for these weights."""
+    return x.dtype == weight.dtype and x.shape[-1] == width
 
 
 def _step(x: torch.Tensor, n_tokens: int) -> tuple[bool, int, int]:

@@ -81,7 +81,7 @@ def _calls(stage: Stage, layers: dict[str, nn.Module]) -> dict[str, _Call]:
         for hook in hooks:
             hook.remove()
     for name, layer in layers.items():
-        index = getattr(getattr(layer, "self_attn", None), "layer_idx", None)
+        index = getattr(getattr(layer, "self_attn", None), "layer_idx", -1)
         calls[name].attend_options = options.get(index, {})
     return calls
 
@@ -107,7 +107,7 @@ def replace_inner_modules(module: nn.Module, kept: Collection[int] = ()) -> nn.M
     if id(module) in kept:
         return module
     if type(module) is nn.Linear:
-        return NativeLinear(module)
+        return NativeLinear(module) if module.weight.is_contiguous() else module
     trial = _Trial.of(module)
     for name, child in list(module.named_children()):
         replaced = replace_inner_modules(child, kept)
@@ -118,26 +118,43 @@ def replace_inner_modules(module: nn.Module, kept: Collection[int] = ()) -> nn.M
 
 def layer_like(layer: nn.Module, attend_options: dict[str, object]) -> NativeLayer | None:
     """What may stand for a decoder layer whose inner modules are replaced; yet to be compared."""
-    try:
-        attention = layer.self_attn
-        names = [name for name, child in attention.named_children() if any(True for _ in child.parameters())]
-        if sorted(names) != ["k_proj", "o_proj", "q_proj", "v_proj"]:
-            return None
-        parts = LayerParts(
-            attention=attention,
-            attend_options=attend_options,
-            head_dim=attention.head_dim,
-            first_norm=layer.input_layernorm.norm,
-            q=attention.q_proj,
-            k=attention.k_proj,
-            v=attention.v_proj,
-            o=attention.o_proj,
-            second_norm=layer.post_attention_layernorm.norm,
-            gated=layer.mlp.gated,
-        )
-        return NativeLayer(layer, parts)
-    except AttributeError:
+    attention = getattr(layer, "self_attn", None)
+    first, second = getattr(layer, "input_layernorm", None), getattr(layer, "post_attention_layernorm", None)
+    mlp, head_dim = getattr(layer, "mlp", None), getattr(attention, "head_dim", None)
+    if not (
+        isinstance(attention, nn.Module)
+        and isinstance(first, NativeRmsNorm)
+        and isinstance(second, NativeRmsNorm)
+        and isinstance(mlp, NativeGatedMlp)
+        and isinstance(head_dim, int)
+    ):
         return None
+    linears = {
+        name: child
+        for name, child in attention.named_children()
+        if isinstance(child, NativeLinear) or any(True for _ in child.parameters())
+    }
+    q, k, v, o = (linears.pop(name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+    if linears or not (
+        isinstance(q, NativeLinear)
+        and isinstance(k, NativeLinear)
+        and isinstance(v, NativeLinear)
+        and isinstance(o, NativeLinear)
+    ):
+        return None
+    parts = LayerParts(
+        attention=attention,
+        attend_options=attend_options,
+        head_dim=head_dim,
+        first_norm=first.norm,
+        q=q,
+        k=k,
+        v=v,
+        o=o,
+        second_norm=second.norm,
+        gated=mlp.gated,
+    )
+    return NativeLayer(layer, parts) if parts.is_consistent else None
 
 
 def agrees(expected: object, got: object) -> bool:
@@ -189,7 +206,7 @@ class _Trial:
 def _width(module: nn.Module) -> int | None:
     """Of the input, where the module may be a norm or a gated product by its looks."""
     if _is_norm(module):
-        return int(module.weight.numel())  # type: ignore[union-attr, operator]
+        return int(module.weight.numel())  # type: ignore[operator]
     linears = [child for child in module.children() if isinstance(child, nn.Linear)]
     return min(child.in_features for child in linears) if len(linears) == 3 else None
 
@@ -209,7 +226,7 @@ def _norms(module: nn.Module) -> Iterator[NativeRmsNorm]:
     eps = _eps(module)
     if _is_norm(module) and eps is not None:
         for end in NORM_ENDS:
-            yield NativeRmsNorm(Norm(module.weight.contiguous(), eps, end))  # type: ignore[operator]
+            yield NativeRmsNorm(module, Norm(module.weight.contiguous(), eps, end))  # type: ignore[operator]
 
 
 def _gated_mlps(module: nn.Module) -> Iterator[NativeGatedMlp]:

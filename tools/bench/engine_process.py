@@ -58,7 +58,7 @@ def serve(model_dir: str, threads: int, dtype: str, kernels: str) -> None:
         model_id="bench",
         start=0,
         stop=config["num_hidden_layers"],
-        dtype=dtype,
+        dtype=dtype,  # type: ignore[arg-type]
         kv_blocks=KV_BLOCKS,
         block_tokens=BLOCK_TOKENS,
         budget_bytes=2**36,
@@ -135,7 +135,7 @@ def serve(model_dir: str, threads: int, dtype: str, kernels: str) -> None:
         return {
             "weight_bytes": loaded.weight_bytes - (0 if is_tied else embedding_bytes),
             "bytes_per_s": measure_bandwidth(device).per_s,
-            "kernels": hexmesh.native.describe() if hasattr(hexmesh.native, "describe") else "torch",
+            "kernels": hexmesh.native.describe(),
         }
 
     for line in sys.stdin:
