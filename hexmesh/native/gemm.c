@@ -300,7 +300,8 @@ enum {
     MOST_PANEL_TOKENS = 96, /* that pass by while a group of rows stays in the first cache; a multiple of 6 and 3 */
     PART_BYTES = 1 << 16,   /* of weights that a thread takes at a time */
     MOST_GROUPS = 32,
-    HELD_BYTES = 1 << 18,   /* of rows at a time, for the second cache */
+    FIRST_CACHE_BYTES = 24 << 10, /* of rows at a time beside a tile's tokens, where the rows are one block long */
+    SECOND_CACHE_BYTES = 1 << 18, /* where they are longer */
     BLOCK_BYTES = 3072,     /* of a row at a time: four rows and six tokens then stay in the first cache */
 };
 
@@ -419,7 +420,7 @@ static void multiply_groups(const Product *product, const Matrix *matrix, long r
 }
 
 /* Outputs from `row` on in whole groups of ROWS, of n tokens from `first` on; where they end. Rows are taken so many at
-   a time that they stay in the second cache for all tiles, which share the fetching of the next ones. */
+   a time that they stay in a cache for all tiles, which share the fetching of the next ones. */
 static long multiply_several(const Product *product, const Matrix *matrix, long row, long stop, long first, long n,
                              const char *x)
 {
@@ -427,7 +428,8 @@ static long multiply_several(const Product *product, const Matrix *matrix, long 
     const long n_tiles = tile_count(tiles, n);
     const long group_bytes = product->k * (product->is_bf16 ? 2 : 4) * ROWS + 1;
     const long lines_ahead = (4 * ROWS * tiles->step_bytes / 64 + n_tiles - 1) / n_tiles;
-    long most_groups = n_tiles == 1 ? 1 : HELD_BYTES / group_bytes;
+    const long held_bytes = product->k <= product->block ? FIRST_CACHE_BYTES : SECOND_CACHE_BYTES;
+    long most_groups = n_tiles == 1 ? 1 : held_bytes / group_bytes;
     most_groups = most_groups < 1 ? 1 : most_groups > MOST_GROUPS ? MOST_GROUPS : most_groups;
     while (row + ROWS <= stop) {
         const long n_groups = (stop - row) / ROWS < most_groups ? (stop - row) / ROWS : most_groups;
