@@ -654,6 +654,22 @@ static PyObject *done(bool is_well)
     return is_well ? Py_NewRef(Py_None) : PyErr_NoMemory();
 }
 
+/* So many tokens at a time pass a whole call, which bounds what the kept buffers take. */
+enum { PIECE_TOKENS = 4 * MOST_PANEL_TOKENS };
+
+static Step piece_of(Step all, long first)
+{
+    Step piece = all;
+    piece.n_tokens = first + PIECE_TOKENS < all.n_tokens ? PIECE_TOKENS : all.n_tokens - first;
+    return piece;
+}
+
+/* So many elements past an address; nowhere stays nowhere. */
+static char *past(Step step, char *at, long n_elements)
+{
+    return at ? at + n_elements * (step.is_bf16 ? 2 : 4) : NULL;
+}
+
 #define AT(i) ((char *)a[i])
 #define STEP_OF(a) ((Step){.is_bf16 = a[0] != 0, .n_threads = (int)a[1], .n_tokens = (long)a[2]})
 
@@ -666,10 +682,16 @@ static PyObject *linear(PyObject *Py_UNUSED(module), PyObject *const *args, Py_s
 {
     long long a[10];
     if (!read_longs(args, n_args, 10, a)) return NULL;
-    const Matrix matrix = {AT(5), AT(6), AT(7), AT(8), (long)a[9]};
-    bool is_well;
+    const Step all = STEP_OF(a);
+    const long k = (long)a[3], n_outputs = (long)a[9];
+    bool is_well = true;
     Py_BEGIN_ALLOW_THREADS;
-    is_well = multiply_by(STEP_OF(a), AT(4), (long)a[3], &matrix, 1);
+    for (long first = 0; is_well && first < all.n_tokens; first += PIECE_TOKENS) {
+        const Step step = piece_of(all, first);
+        const Matrix matrix = {AT(5), AT(6), past(step, AT(7), first * n_outputs), past(step, AT(8), first * n_outputs),
+                               n_outputs};
+        is_well = multiply_by(step, past(step, AT(4), first * k), k, &matrix, 1);
+    }
     Py_END_ALLOW_THREADS;
     return done(is_well);
 }
@@ -684,9 +706,15 @@ static PyObject *gated(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ss
     long long a[14];
     if (!read_longs(args, n_args, 14, a)) return NULL;
     const Weights weights[] = {{AT(7), AT(8)}, {AT(9), AT(10)}, {AT(11), AT(12)}};
-    bool is_well;
+    const Step all = STEP_OF(a);
+    const long k = (long)a[3];
+    bool is_well = true;
     Py_BEGIN_ALLOW_THREADS;
-    is_well = gate_between(STEP_OF(a), AT(4), (long)a[3], (long)a[5], (enum gate)a[6], weights, NULL, AT(13));
+    for (long first = 0; is_well && first < all.n_tokens; first += PIECE_TOKENS) {
+        const Step step = piece_of(all, first);
+        is_well = gate_between(step, past(step, AT(4), first * k), k, (long)a[5], (enum gate)a[6], weights, NULL,
+                               past(step, AT(13), first * k));
+    }
     Py_END_ALLOW_THREADS;
     return done(is_well);
 }
@@ -719,19 +747,26 @@ static PyObject *before_attention(PyObject *Py_UNUSED(module), PyObject *const *
     if (!read_longs(args, n_args - 1, 21, a)) return NULL;
     const Norm norm = {AT(13), (enum norm_end)a[14], (float)PyFloat_AsDouble(args[21])};
     if (PyErr_Occurred()) return NULL;
-    const Step step = STEP_OF(a);
+    const Step all = STEP_OF(a);
     const long width = (long)a[9], n_heads = (long)a[10], n_kv_heads = (long)a[11], dim = (long)a[12];
-    const Matrix matrices[] = {{AT(15), AT(16), NULL, AT(4), n_heads * dim},
-                               {AT(17), AT(18), NULL, AT(5), n_kv_heads * dim},
-                               {AT(19), AT(20), NULL, AT(6), n_kv_heads * dim}};
-    bool is_well = false;
+    bool is_well = true;
     Py_BEGIN_ALLOW_THREADS;
-    char *normal = kept_buffer(3, step.n_tokens * width * (step.is_bf16 ? 2 : 4));
-    if (normal) {
-        normalise(step, norm, AT(3), normal, width);
-        is_well = multiply_by(step, normal, width, matrices, 3);
-        rotate_heads(step, AT(4), n_heads, dim, AT(7), AT(8));
-        rotate_heads(step, AT(5), n_kv_heads, dim, AT(7), AT(8));
+    for (long first = 0; is_well && first < all.n_tokens; first += PIECE_TOKENS) {
+        const Step step = piece_of(all, first);
+        char *normal = kept_buffer(3, step.n_tokens * width * (step.is_bf16 ? 2 : 4));
+        char *q = past(step, AT(4), first * n_heads * dim), *k = past(step, AT(5), first * n_kv_heads * dim);
+        char *v = past(step, AT(6), first * n_kv_heads * dim);
+        const char *cos = past(step, AT(7), first * dim), *sin = past(step, AT(8), first * dim);
+        const Matrix matrices[] = {{AT(15), AT(16), NULL, q, n_heads * dim},
+                                   {AT(17), AT(18), NULL, k, n_kv_heads * dim},
+                                   {AT(19), AT(20), NULL, v, n_kv_heads * dim}};
+        is_well = normal != NULL;
+        if (is_well) {
+            normalise(step, norm, past(step, AT(3), first * width), normal, width);
+            is_well = multiply_by(step, normal, width, matrices, 3);
+            rotate_heads(step, q, n_heads, dim, cos, sin);
+            rotate_heads(step, k, n_kv_heads, dim, cos, sin);
+        }
     }
     Py_END_ALLOW_THREADS;
     return done(is_well);
@@ -748,20 +783,24 @@ static PyObject *after_attention(PyObject *Py_UNUSED(module), PyObject *const *a
     if (!read_longs(args, n_args - 1, 20, a)) return NULL;
     const Norm norm = {AT(12), (enum norm_end)a[13], (float)PyFloat_AsDouble(args[20])};
     if (PyErr_Occurred()) return NULL;
-    const Step step = STEP_OF(a);
-    const long width = (long)a[6];
+    const Step all = STEP_OF(a);
+    const long width = (long)a[6], attended_width = (long)a[7];
     const Weights weights[] = {{AT(14), AT(15)}, {AT(16), AT(17)}, {AT(18), AT(19)}};
-    const size_t bytes = step.n_tokens * width * (step.is_bf16 ? 2 : 4);
-    bool is_well = false;
+    bool is_well = true;
     Py_BEGIN_ALLOW_THREADS;
-    char *normal = kept_buffer(3, 2 * bytes);
-    if (normal) {
-        char *hidden = normal + bytes;
-        const Matrix out = {AT(10), AT(11), AT(3), hidden, width};
-        is_well = multiply_by(step, AT(4), (long)a[7], &out, 1);
-        normalise(step, norm, hidden, normal, width);
-        is_well = is_well &&
-                  gate_between(step, normal, width, (long)a[8], (enum gate)a[9], weights, hidden, AT(5));
+    for (long first = 0; is_well && first < all.n_tokens; first += PIECE_TOKENS) {
+        const Step step = piece_of(all, first);
+        const size_t bytes = step.n_tokens * width * (step.is_bf16 ? 2 : 4);
+        char *normal = kept_buffer(3, 2 * bytes);
+        is_well = normal != NULL;
+        if (is_well) {
+            char *hidden = normal + bytes;
+            const Matrix out = {AT(10), AT(11), past(step, AT(3), first * width), hidden, width};
+            is_well = multiply_by(step, past(step, AT(4), first * attended_width), attended_width, &out, 1);
+            normalise(step, norm, hidden, normal, width);
+            is_well = is_well && gate_between(step, normal, width, (long)a[8], (enum gate)a[9], weights, hidden,
+                                              past(step, AT(5), first * width));
+        }
     }
     Py_END_ALLOW_THREADS;
     return done(is_well);

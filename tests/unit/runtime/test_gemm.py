@@ -54,6 +54,7 @@ def test_products_are_those_of_float64(dtype: torch.dtype) -> None:
         (5, 1700, 9),
         (97, 33, 6),
         (98, 1600, 130),
+        (770, 33, 6),
     ]
     for n_tokens, k, n_outputs in sizes:
         x, w = random(n_tokens, k, dtype=dtype, seed=1), random(n_outputs, k, dtype=dtype, seed=2)

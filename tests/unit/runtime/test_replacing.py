@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from hexmesh.runtime import native_modules
 from hexmesh.runtime.native_modules import NativeGatedMlp, NativeLayer, NativeLinear, NativeRmsNorm
 from hexmesh.runtime.replacing import replace_inner_modules
+from hexmesh.wire.data import Row
 from tests.golden.test_stages import load_stages
 from tests.golden.tiny_models import save_tiny_model
 
@@ -130,3 +132,23 @@ def test_layers_are_replaced_where_they_are_proven(model_type: str, n_replaced: 
     [stage] = load_stages(tmp_path, [0, 5])
 
     assert sum(isinstance(module, NativeLayer) for module in stage.splice.model.modules()) == n_replaced
+
+
+def test_a_long_step_gives_what_short_ones_give(tmp_path: Path) -> None:
+    """The kernels take a step of many tokens in pieces."""
+    save_tiny_model("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"max_position_embeddings": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    [first, _] = load_stages(tmp_path, [0, 2, 5])
+    tokens = torch.randint(50, (470,))
+
+    def run(start: int, stop: int) -> torch.Tensor:
+        row = Row(start=start, n_tokens=stop - start, blocks=list(range(60)))
+        hidden = first.run([row], tokens[start:stop]).hidden
+        assert hidden is not None
+        return hidden
+
+    whole = run(0, 470)
+    parts = torch.cat([run(start, min(470, start + 50)) for start in range(0, 470, 50)])
+
+    assert torch.allclose(whole, parts, rtol=1e-4, atol=1e-5)
