@@ -89,7 +89,7 @@ def serve(model_dir: str, threads: int, dtype: str, kernels: str) -> None:
             for _ in range(batch):
                 blocks = [free.pop() for _ in range(n_blocks)]
                 row = Row(start=0, n_tokens=context_tokens, blocks=blocks, sample=SamplingParams())
-                token = stage.run([row], prompt(context_tokens)).sampled[0].token_id
+                token = stage.run([row], prompt(context_tokens)).sampled[0][0].token_id
                 sequences.append(Sequence(blocks, token))
             held[batch] = sequences
         return held[batch]
@@ -100,7 +100,7 @@ def serve(model_dir: str, threads: int, dtype: str, kernels: str) -> None:
         cpu_s, wall_s = time.process_time(), time.perf_counter()
         for step in range(steps):
             rows = [sequence.row(context_tokens + step, 1) for sequence in sequences]
-            tokens = [drawn.token_id for drawn in stage.run(rows, torch.tensor(tokens)).sampled]
+            tokens = [drawn[0].token_id for drawn in stage.run(rows, torch.tensor(tokens)).sampled]
         return {
             "cpu_s": (time.process_time() - cpu_s) / steps,
             "wall_s": (time.perf_counter() - wall_s) / steps,
