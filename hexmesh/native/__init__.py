@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-MODULES = ("attention",)
+MODULES = ("attention", "gemm")
 
 
 def load(name: str) -> ModuleType | None:

@@ -16,9 +16,11 @@ from torch import nn
 
 from hexmesh.architectures import check_supported, read_config
 from hexmesh.errors import InvalidInput
+from hexmesh.runtime import native_modules
 from hexmesh.runtime.device import DTYPES
 from hexmesh.runtime.kv_pool import KvPool, KvShape, pool_bytes
 from hexmesh.runtime.packed import can_pack, pack_linears
+from hexmesh.runtime.replacing import replace_modules
 from hexmesh.runtime.splice import EMBEDDING, HEAD, Elsewhere, Splice, kv_shape, splice
 from hexmesh.runtime.stage import Stage, StageLimits
 from hexmesh.runtime.transformers_api import (
@@ -138,11 +140,14 @@ def fill(draft: StageDraft, shared: Mapping[str, nn.Module]) -> None:
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise InvalidInput(f"the weights in {draft.order.model_dir} do not fit its config: {shown}")
     cut.model.requires_grad_(False)
-    if can_pack(draft.dtype, draft.device):
+    is_native = native_modules.serves(draft.dtype, draft.device)
+    if not is_native and can_pack(draft.dtype, draft.device):
         _pack_parts(cut, shared)
     for name, module in shared.items():
         cut.replace_part(name, module)
     cut.tie()
+    if is_native:
+        replace_modules(draft.make_stage(draft.make_pool(1)), shared)
 
 
 def _pack_parts(cut: Splice, shared: Mapping[str, nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers with weights in oneDNN's own blocked layout, for CPUs.
+"""Linear layers with weights in oneDNN's own blocked layout, for CPUs where our C kernels do not compute.
 
 `F.linear` reorders plain weights on every call. Measured at 12 layers of 768 in float32 on one thread: a step
 of one token takes 16 ms instead of 24, of eight tokens 26 instead of 53, a prefill of 256 tokens 225 instead

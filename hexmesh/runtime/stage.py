@@ -66,6 +66,18 @@ class Stage:
         wanted = wanted_of(rows, self.limits.vocab_size) if self.splice.is_last else Wanted()
         return self._forward(rows, payload.to(self._device), wanted)
 
+    def context(self, rows: list[Row]) -> RunContext:
+        """What attention is to know about a step of these rows."""
+        batch = RaggedBatch(rows, self.pool.block_tokens, self._device)
+        return RunContext(self.pool, batch, scratch=self._scratch)
+
+    def random_payload(self, n_tokens: int) -> torch.Tensor:
+        """A seeded payload for as many tokens, to try modules with."""
+        generator = torch.Generator().manual_seed(0)
+        if self.splice.is_first:
+            return torch.randint(self.limits.vocab_size, (n_tokens,), generator=generator)
+        return torch.randn(n_tokens, self.limits.hidden_size, generator=generator).to(self._dtype)
+
     def warm_up(self) -> None:
         """A small prefill and decode in block 0: pages weights in.
 
@@ -79,12 +91,11 @@ class Stage:
 
     @torch.inference_mode()
     def _forward(self, rows: list[Row], payload: torch.Tensor, wanted: Wanted) -> StageOutput:
-        batch = RaggedBatch(rows, self.pool.block_tokens, self._device)
-        hidden = None if self.splice.is_first else payload[None]
-        context = RunContext(self.pool, batch, hidden, self._scratch)
+        context = self.context(rows)
+        context.hidden = None if self.splice.is_first else payload[None]
         with running(context):
             try:
-                return self._to_tokens(wanted, batch, self._embedded(payload))
+                return self._to_tokens(wanted, context.batch, self._embedded(payload))
             except CutReached as cut:
                 return StageOutput(cut.hidden[0])
 

@@ -6,6 +6,9 @@ these names, this is the only module to change.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,40 @@ from transformers.utils import logging as transformers_logging
 
 from hexmesh.runtime import attention
 
-AttentionInterface.register(attention.NAME, attention.attend)
+_RECORD: ContextVar[dict[int, dict[str, object]] | None] = ContextVar(
+    "hexmesh_attention_record", default=None
+)
+_ATTEND_OPTIONS = ("scaling", "sliding_window", "softcap", "s_aux")
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Paged attention; notes how it is called where somebody records that."""
+    record = _RECORD.get()
+    if record is not None:
+        layer_index: int = module.layer_idx  # type: ignore[assignment]
+        record[layer_index] = {name: options[name] for name in _ATTEND_OPTIONS if name in options}
+    return attention.attend(module, query, key, value, attention_mask, **options)
+
+
+@contextmanager
+def recording_attention() -> Iterator[dict[int, dict[str, object]]]:
+    """Collects, by layer index, what model code passes to attention beside tensors."""
+    record: dict[int, dict[str, object]] = {}
+    token = _RECORD.set(record)
+    try:
+        yield record
+    finally:
+        _RECORD.reset(token)
+
+
+AttentionInterface.register(attention.NAME, _attend)
 transformers_logging.disable_progress_bar()
 
 Config = Any

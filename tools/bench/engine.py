@@ -103,7 +103,11 @@ def run_round(best: Best, sides: dict[str, AskedProcess]) -> None:
     """Everything once, side after side, so that a noisy minute disturbs all of them."""
     for batch in BATCHES:
         for side, process in sides.items():
-            request = {"batch": batch, "context_tokens": CONTEXT_TOKENS, "steps": STEPS[batch]}
+            request: dict[str, object] = {
+                "batch": batch,
+                "context_tokens": CONTEXT_TOKENS,
+                "steps": STEPS[batch],
+            }
             best.time(f"{side} {batch}", process, request)
     for side, process in sides.items():
         best.time(f"{side} prefill", process, {"prefill_tokens": PREFILL_TOKENS})
