@@ -11,7 +11,7 @@ import msgspec
 
 from hexmesh.wire.frames import FrameLimits
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raised when members of two versions could misread each other."""
 
 MAX_CLOCK_DIFFERENCE_S = 3.0
