@@ -172,7 +172,8 @@ class Node:
     # --- what trust needs to know of the mesh, and what follows from its verdicts ---
 
     def send_trust(self, node: NodeId, message: TrustMessage) -> None:
-        self.send(node, message, channel="control")
+        """Not on the control channel, which forgets what could not be sent within a second."""
+        self.send(node, message, channel="data")
 
     def nodes_up(self) -> list[NodeId]:
         return [peer.node_id for peer in self._network.peers() if peer.is_up]

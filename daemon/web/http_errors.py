@@ -33,8 +33,6 @@ _TYPES = {
     503: "service_unavailable",
     504: "timeout",
 }
-_GONE = ("leaving", "left")
-"""Codes of a peer that takes no requests any more."""
 CANCELLED = "cancelled"
 """Code of the Closed error that a request ends with when it was cancelled through the API."""
 
@@ -135,7 +133,7 @@ def _is_retry_pointless(error: HexmeshError) -> bool:
         case Busy():
             return False
         case NotReady():
-            return error.needed_bytes is not None or error.code in _GONE
+            return error.needed_bytes is not None
         case InvalidInput() | Internal() | Closed() | TimedOut():
             return True
         case Lost():

@@ -78,7 +78,7 @@ def test_a_later_token_of_a_chat(name: str, text: str, index: int, has_usage: bo
     [
         (Busy("full", code="queue_full", retry_after_s=7.2), "8", None),
         (NotReady("no plan", code="no_plan"), "2", None),
-        (NotReady("leaving", code="leaving"), "2", "false"),
+        (NotReady("leaving", code="leaving"), "2", None),
         (NotReady("too big", needed_bytes=2, room_bytes=1), "2", "false"),
     ],
 )
