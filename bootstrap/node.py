@@ -161,7 +161,8 @@ class BootstrapNode:
     # --- what trust needs of the mesh ---
 
     def send_trust(self, node: NodeId, message: TrustMessage) -> None:
-        self._tell(node, message)
+        """Not on the control channel, which forgets what could not be sent within a second."""
+        self.send(node, message, channel="data")
 
     def nodes_up(self) -> list[NodeId]:
         return [peer.node_id for peer in self._network.peers() if peer.is_up]
