@@ -15,7 +15,7 @@ import numpy as np
 
 from hexmesh.schedule.tables import Cut, Seconds, Tables
 
-EVEN = 1.1
+EVEN = 1.03
 """How much slower than need be the slowest stage may be for the sake of more KV."""
 
 

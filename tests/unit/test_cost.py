@@ -7,12 +7,12 @@ import pytest
 
 from hexmesh.cluster import Device, Link
 from hexmesh.cost import (
-    LAYER_OVERHEAD_S,
     LOCAL_HOP_S,
     STAGE_OVERHEAD_S,
     CostModel,
     StepLimits,
     default_dtype,
+    layer_overhead_s,
 )
 from hexmesh.model_spec import ModelSpec, model_spec_from_config
 
@@ -105,10 +105,12 @@ def test_decode_is_bound_by_memory_or_compute() -> None:
     read = 2 * (LAYER + batch * context * 2 * KV_HEADS * HEAD_DIM)
     flops = batch * (2 * MATMUL + context * 4 * HEADS * HEAD_DIM)
     slow_memory = costs.step_time(_device(bytes_per_s=1e6, flops_per_s=1e15), 1, 3, batch, context)
-    assert slow_memory.total_s == pytest.approx(2 * (read / 1e6 + LAYER_OVERHEAD_S) + STAGE_OVERHEAD_S)
+    assert slow_memory.total_s == pytest.approx(2 * (read / 1e6 + layer_overhead_s("cpu")) + STAGE_OVERHEAD_S)
     assert slow_memory.bound == "memory bandwidth"
     slow_compute = costs.step_time(_device(bytes_per_s=1e15, flops_per_s=1e6), 1, 3, batch, context)
-    assert slow_compute.total_s == pytest.approx(2 * (flops / 1e6 + LAYER_OVERHEAD_S) + STAGE_OVERHEAD_S)
+    assert slow_compute.total_s == pytest.approx(
+        2 * (flops / 1e6 + layer_overhead_s("cpu")) + STAGE_OVERHEAD_S
+    )
     assert slow_compute.bound == "compute"
     fast = costs.step_time(_device(bytes_per_s=1e15, flops_per_s=1e18), 1, 3, batch, context)
     assert fast.bound == "call overhead"

@@ -234,7 +234,7 @@ def test_two_replicas_are_better_than_one_that_is_as_fast() -> None:
     before = nodes.plan()
     nodes.memory.update(c=HALF, d=HALF)
     nodes.unlinked = {frozenset("cd"), frozenset("ad"), frozenset("bc")}
-    nodes.speed.update(c=0.225, d=0.225)
+    nodes.speed.update(c=0.24, d=0.24)
     after = nodes.plan(current=before)
     assert nodes_of(after) == {"r0": "ac", "r1": "bd"}
     gain = (
