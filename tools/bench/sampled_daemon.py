@@ -70,7 +70,9 @@ def _on_tick(number: int, frame: FrameType | None) -> None:
         _lines[f"{code.co_filename}:{innermost.f_lineno} {code.co_qualname}"] += 1
 
 
-def _observe_step(telemetry: Telemetry, replica: str, round_trip_s: float, stages_s: Iterable[float]) -> None:
+def _observe_step(
+    telemetry: Telemetry, replica: str, round_trip_s: float, stages_s: Iterable[float], transit_s: float
+) -> None:
     _steps.append((round_trip_s, sum(stages_s)))
 
 
