@@ -143,7 +143,7 @@ class ReplicaDriver:
     def held(self) -> Iterator[tuple[str, HeldSequence]]:
         """Everything that is wanted here, with the gateway that waits for it."""
         for sequence in self._batcher.sequences():
-            if (gateway := self._gateways.get(sequence.id)) is not None and not sequence.is_over:
+            if (gateway := self._gateways.get(sequence.id)) is not None:
                 yield (
                     gateway,
                     HeldSequence(sequence=sequence.id, attempt=sequence.attempt, n_output=sequence.n_output),

@@ -30,8 +30,6 @@ OVER_ONE = {"float32": {1: 1.3, 8: 6.0, 32: 10.0}, "bfloat16": {1: 1.4, 8: 8.0, 
 """Goals for tokens/s over `generate` at batch 1."""
 OVER_STATIC = {8: 1.5, 32: 2.0}
 """Goals for tokens/s over `generate` with a static batch of the same size."""
-LIMIT_OVER_ONE = {"float32": 1.9, "bfloat16": 4.0}
-"""What llama.cpp, which reads its weights at the speed of memory, reaches over `generate` at batch 1."""
 
 
 @dataclass(slots=True)
