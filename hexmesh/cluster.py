@@ -63,6 +63,8 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     fabric: Fabric | None = None
     launch_s: float | None = None
     """What a layer takes on its devices beside what their rates explain."""
+    step_s: float | None = None
+    """What a step takes on a stage here beside its layers."""
     price_per_h: float | None = None
     tp_degrees: tuple[int, ...] | None = None
     """Group sizes that may share a layer; None: any that fits."""

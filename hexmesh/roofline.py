@@ -37,6 +37,9 @@ class Group:
     """Needed from two devices on."""
     tp: int
     launch_s: float
+    """Of a layer."""
+    step_s: float = 0.0
+    """Of a step of the stage, beside its layers."""
 
     def all_reduces_s(self, n_bytes: float) -> float:
         """The two all-reduces of a layer."""

@@ -48,6 +48,7 @@ def _node(fleet: Fleet, host: FleetHost, name: str, dtype: DtypeName) -> Node:
         ),
         fabric=_fabric(host),
         launch_s=_launch_s(host),
+        step_s=0.0 if host.step is None else float(host.step),
         price_per_h=_price_per_h(host),
         tp_degrees=host.tp,
         roles=host.roles,

@@ -64,6 +64,7 @@ class FleetHost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """What a device of it sends to others, as measured: used as it is."""
     fabric_step: Seconds | None = None
     launch: Seconds | None = None
+    step: Seconds | None = None
     """Of each layer, beside what the rates explain."""
     price_per_h: Annotated[float, msgspec.Meta(ge=0)] | None = None
     """Of one such host."""

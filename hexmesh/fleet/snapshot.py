@@ -56,6 +56,7 @@ def _host(node: Node, name: str, links: Iterable[Link], dtype: DtypeName) -> Fle
         fabric_rate=None if fabric is None else BytesPerS(fabric.bytes_per_s),
         fabric_step=None if fabric is None else Seconds(fabric.step_s),
         launch=None if node.launch_s is None else Seconds(node.launch_s),
+        step=None if node.step_s is None else Seconds(node.step_s),
         price_per_h=node.price_per_h,
         tp=node.tp_degrees,
         roles=node.roles,

@@ -23,10 +23,10 @@ from msgspec.structs import replace
 from scipy.optimize import linprog
 
 from hexmesh.cluster import Cluster, Device, Fabric, Node
-from hexmesh.cost import LAYER_OVERHEAD_S
 from hexmesh.plan import DTYPE_BYTES
 from hexmesh.roofline import Group
 from hexmesh.score.capacity import BATCH_CAP, Capacities
+from hexmesh.score.pipeline import launch_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +89,11 @@ def _pools(cluster: Cluster, capacities: Capacities) -> list[_Pool]:
     def density(
         device: Device,
         fabric: Fabric | None,
-        launch_s: float,
+        per_launch_s: float,
         degrees: tuple[int, ...],
         roles: frozenset[str],
     ) -> Density:
-        groups = [Group(device=device, fabric=fabric, tp=tp, launch_s=launch_s) for tp in degrees]
+        groups = [Group(device=device, fabric=fabric, tp=tp, launch_s=per_launch_s) for tp in degrees]
         can_prefill, can_decode = roles != {"decode"}, roles != {"prefill"}
         return Density(
             max((_prefill(group, capacities) for group in groups), default=0.0) if can_prefill else 0.0,
@@ -102,12 +102,13 @@ def _pools(cluster: Cluster, capacities: Capacities) -> list[_Pool]:
 
     found = []
     for at, node in enumerate(cluster.nodes):
-        launch_s = LAYER_OVERHEAD_S if node.launch_s is None else node.launch_s
         roles = frozenset(node.roles or ("mixed", "prefill", "decode"))
         for device, n_devices in Counter(map(figures, node.devices)).items():
             found.append(
                 _Pool(
-                    at, n_devices, density(device, node.fabric, launch_s, _degrees(node, capacities), roles)
+                    at,
+                    n_devices,
+                    density(device, node.fabric, launch_s(node), _degrees(node, capacities), roles),
                 )
             )
     return found

@@ -194,20 +194,21 @@ class Capacities:
         prompt = self.workload.prompt_tokens
         layers = self._kinds(seat)
         total_s = sum(n * self.model.prefill_layer_s(seat.group, layer, prompt) for layer, n in layers)
-        return total_s + (self.model.head_s(seat.group, 1) if self._has_head(seat) else 0.0)
+        return total_s + seat.group.step_s + self._head_s(seat, 1)
 
     def _decode_s(self, seat: Seat, batch: float) -> float:
         context = self.workload.mean_context
         layers = self._kinds(seat)
         total_s = sum(n * self.model.decode_layer_s(seat.group, layer, batch, context) for layer, n in layers)
-        return total_s + (self.model.head_s(seat.group, batch) if self._has_head(seat) else 0.0)
+        return total_s + seat.group.step_s + self._head_s(seat, batch)
 
     def _kinds(self, seat: Seat) -> list[tuple[LayerSpec, int]]:
         """The stage's layers, like ones together."""
         return list(Counter(self.costs.spec.layers[seat.start : seat.stop]).items())
 
-    def _has_head(self, seat: Seat) -> bool:
-        return seat.stop == self.costs.spec.n_layers
+    def _head_s(self, seat: Seat, n_tokens: float) -> float:
+        is_last = seat.stop == self.costs.spec.n_layers
+        return self.model.head_s(seat.group, n_tokens) if is_last else 0.0
 
     def _free_bytes(self, seat: Seat) -> float:
         """Of each device of the group, beside weights and workspace."""

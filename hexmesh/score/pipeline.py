@@ -10,7 +10,7 @@ from itertools import pairwise
 from msgspec.structs import replace
 
 from hexmesh.cluster import Cluster, Link, Node
-from hexmesh.cost import LAYER_OVERHEAD_S, LOCAL_BYTES_PER_S, LOCAL_HOP_S
+from hexmesh.cost import LOCAL_BYTES_PER_S, LOCAL_HOP_S, STAGE_OVERHEAD_S, layer_overhead_s
 from hexmesh.errors import InvalidInput
 from hexmesh.plan import Stage
 from hexmesh.roofline import Group
@@ -82,8 +82,15 @@ def group_of(node: Node, indices: tuple[int, ...]) -> Group:
         ),
         fabric=node.fabric,
         tp=len(indices),
-        launch_s=LAYER_OVERHEAD_S if node.launch_s is None else node.launch_s,
+        launch_s=launch_s(node),
+        step_s=STAGE_OVERHEAD_S if node.step_s is None else node.step_s,
     )
+
+
+def launch_s(node: Node) -> float:
+    """Of a layer on the node's devices: as the node says, else what its slowest kind of device is known to take."""
+    known = max((layer_overhead_s(device.kind) for device in node.devices), default=0.0)
+    return known if node.launch_s is None else node.launch_s
 
 
 def _hop(src: Node, dst: Node, links: dict[tuple[str, str], Link]) -> Hop:

@@ -1,0 +1,1 @@
+"""One search a file, each after its source."""
