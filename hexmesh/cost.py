@@ -121,9 +121,9 @@ class CostModel:
             params += spec.head_params
         return params * self._itemsize
 
-    def kv_block_bytes(self, n_layers: int) -> int:
-        """One block of the KV pool for that many layers."""
-        return n_layers * self.block_tokens * self.spec.kv_values_per_token * self._itemsize
+    def kv_block_bytes(self, n_layers: int, tp: int = 1) -> int:
+        """One block of the KV pool for that many layers, on each of `tp` devices that share them."""
+        return n_layers * self.block_tokens * self.spec.kv_values_per_rank(tp) * self._itemsize
 
     def workspace_bytes(self, stop: int) -> int:
         """Activations and mask of the largest step, and on the last stage its logits and their sampling."""
@@ -131,12 +131,12 @@ class CostModel:
         logits = self.limits.logits_rows * self.spec.vocab_size if is_last else 0
         return self._activation_bytes + logits * (self._itemsize + _SAMPLING_BYTES)
 
-    def fixed_bytes(self, start: int, stop: int) -> int:
-        """Everything but the KV pool."""
-        wanted = self.weight_bytes(start, stop) + self.workspace_bytes(stop)
+    def fixed_bytes(self, start: int, stop: int, tp: int = 1) -> int:
+        """Everything but the KV pool, on each of `tp` devices that share the layers."""
+        wanted = -(-self.weight_bytes(start, stop) // tp) + self.workspace_bytes(stop)
         return wanted + wanted // ALLOCATOR_SLACK_DIVISOR
 
-    def gather_block_bytes(self, kind: DeviceKind) -> int:
+    def gather_block_bytes(self, kind: DeviceKind, tp: int = 1) -> int:
         """What one more block costs beside the pool.
 
         CPUs attend in float32, so half precision is copied twice.
@@ -144,17 +144,20 @@ class CostModel:
         itemsize = self._itemsize
         if kind == "cpu" and itemsize < _FLOAT32_BYTES:
             itemsize += _FLOAT32_BYTES
-        return round(self.block_tokens * self.spec.kv_values_per_token * itemsize * _GATHER_GROWTH)
+        return round(self.block_tokens * self.spec.kv_values_per_rank(tp) * itemsize * _GATHER_GROWTH)
 
-    def needed_bytes(self, start: int, stop: int, kv_blocks: int, kind: DeviceKind) -> int:
-        """All that a stage needs on its device."""
-        block = self.kv_block_bytes(stop - start) + self.gather_block_bytes(kind)
-        return self.fixed_bytes(start, stop) + kv_blocks * block
+    def block_bytes(self, n_layers: int, kind: DeviceKind, tp: int = 1) -> int:
+        """What one more KV block of so many layers costs on each device."""
+        return self.kv_block_bytes(n_layers, tp) + self.gather_block_bytes(kind, tp)
 
-    def room_blocks(self, start: int, stop: int, device: Device) -> int:
+    def needed_bytes(self, start: int, stop: int, kv_blocks: int, kind: DeviceKind, tp: int = 1) -> int:
+        """All that a stage needs on each of its devices."""
+        return self.fixed_bytes(start, stop, tp) + kv_blocks * self.block_bytes(stop - start, kind, tp)
+
+    def room_blocks(self, start: int, stop: int, device: Device, tp: int = 1) -> int:
         """KV blocks that fit beside the stage's weights; negative when even those do not fit."""
-        block = self.kv_block_bytes(stop - start) + self.gather_block_bytes(device.kind)
-        return (device.budget_bytes - self.fixed_bytes(start, stop)) // block
+        free_bytes = device.budget_bytes - self.fixed_bytes(start, stop, tp)
+        return free_bytes // self.block_bytes(stop - start, device.kind, tp)
 
     def blocks_of(self, n_tokens: int) -> int:
         """Blocks of one sequence of that many tokens."""

@@ -24,7 +24,6 @@ from functools import cached_property
 
 from hexmesh.cost import CostModel
 from hexmesh.model_spec import LayerSpec
-from hexmesh.plan import DTYPE_BYTES
 from hexmesh.roofline import Roofline
 from hexmesh.score.pipeline import Pipeline, Seat
 from hexmesh.workload import Workload
@@ -212,10 +211,10 @@ class Capacities:
 
     def _free_bytes(self, seat: Seat) -> float:
         """Of each device of the group, beside weights and workspace."""
-        weights = self.costs.weight_bytes(seat.start, seat.stop) / seat.group.tp
-        return seat.group.device.budget_bytes - weights - self.costs.workspace_bytes(seat.stop)
+        return seat.group.device.budget_bytes - self.costs.fixed_bytes(seat.start, seat.stop, seat.group.tp)
 
     def _kv_bytes(self, seat: Seat, n_tokens: float) -> float:
         """On each device of the group."""
-        per_token = self.costs.spec.kv_values_per_rank(seat.group.tp) * DTYPE_BYTES[self.costs.dtype]
-        return n_tokens * (seat.stop - seat.start) * per_token
+        n_layers, group = seat.stop - seat.start, seat.group
+        per_block = self.costs.block_bytes(n_layers, group.device.kind, group.tp)
+        return n_tokens * per_block / self.costs.block_tokens

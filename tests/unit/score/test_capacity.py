@@ -139,9 +139,10 @@ def test_resident_sequences_fit_and_one_more_would_not(pipeline: Pipeline) -> No
 
     def needed(seat: Seat, n_sequences: float) -> float:
         tp, n_layers = seat.group.tp, seat.stop - seat.start
-        weights = capacities.costs.weight_bytes(seat.start, seat.stop) / tp
-        kv = n_sequences * context * n_layers * SMALL.kv_values_per_rank(tp) * 2
-        return weights + capacities.costs.workspace_bytes(seat.stop) + kv
+        weights = -(-capacities.costs.weight_bytes(seat.start, seat.stop) // tp)
+        beside = (weights + capacities.costs.workspace_bytes(seat.stop)) * 51 // 50
+        kv = n_sequences * context * (n_layers + 1.25) * SMALL.kv_values_per_rank(tp) * 2
+        return beside + kv
 
     budgets = [seat.group.device.budget_bytes for seat in pipeline.seats]
     pairs = list(zip(pipeline.seats, budgets, strict=True))
@@ -303,9 +304,9 @@ fabric_rate = 1e10
 
 def test_prefill_needs_room_for_the_prompt_it_computes_and_the_one_it_hands_over() -> None:
     capacities = _capacities()
-    weights = capacities.costs.weight_bytes(0, 8) + capacities.costs.workspace_bytes(8)
-    kv = 2 * 512 * 8 * SMALL.kv_values_per_token * 2
-    for budget, fits in ((weights + kv, True), (weights + kv - 1, False)):
+    weights = capacities.costs.fixed_bytes(0, 8)
+    kv = 2 * 512 * (8 + 1.25) * SMALL.kv_values_per_token * 2
+    for budget, fits in ((weights + int(kv), True), (weights + int(kv) - 1, False)):
         device = Device(
             index=0, kind="cuda", name="", budget_bytes=budget, flops_per_s=1e14, bytes_per_s=1e12
         )
