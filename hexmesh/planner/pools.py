@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 from msgspec.structs import replace
 
@@ -81,5 +80,5 @@ def _pools_of_node(node: Node, spec: ModelSpec) -> Iterator[Pool]:
             device=device,
             devices=tuple(indices),
             degrees=tuple(tp for tp in sorted({1, *allowed}) if tp <= most and spec.splits_into(tp)),
-            roles=frozenset(cast("tuple[Role, ...]", node.roles or ROLES)),
+            roles=frozenset(node.roles or ROLES),
         )

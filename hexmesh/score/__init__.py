@@ -5,7 +5,7 @@
 
 from hexmesh.score.bound import fluid_bound
 from hexmesh.score.capacity import Capacities, Decode, Mixed, Prefill
-from hexmesh.score.flows import FlowScore, Limit, ReplicaRates, best_flow, handoff_bytes
+from hexmesh.score.flows import FlowScore, Held, Limit, ReplicaRates, best_flow, handoff_bytes
 from hexmesh.score.pipeline import Hop, Pipeline, Seat, pipeline_of
 from hexmesh.score.plan_score import replica_rates, score_replicas
 
@@ -13,6 +13,7 @@ __all__ = [
     "Capacities",
     "Decode",
     "FlowScore",
+    "Held",
     "Hop",
     "Limit",
     "Mixed",

@@ -17,6 +17,7 @@ TTFT limit, not as soon as it can be, and decode batches are limited by memory, 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -128,12 +129,7 @@ class Capacities:
     def mixed(self, pipeline: Pipeline) -> Mixed:
         """The same when every sequence's prompt is computed here, too, a share of it in each step."""
         output = self.workload.output_tokens
-
-        def step_s(seat: Seat, batch: float) -> float:
-            return self._decode_s(seat, batch) + batch / output * self._prefill_s(seat)
-
-        step = _Step(step_s, 1.0 + self.workload.prompt_tokens / output)
-        batch, n, period_s = self._best(pipeline, step)
+        batch, n, period_s = self._best(pipeline, self._mixed_step)
         return Mixed(
             requests_per_s=batch / period_s / output,
             batch=batch,
@@ -141,6 +137,38 @@ class Capacities:
             tpot_s=n * period_s,
             uses=tuple(self._uses(pipeline, batch, n)) if batch > 0 else (),
         )
+
+    def tpot_at(self, pipeline: Pipeline, requests_per_s: float, *, computes_prompts: bool) -> float:
+        """Mean time between tokens at a rate below the highest: of the fewest sequences at once that reach it.
+
+        Infinite where the rate is out of reach.
+        """
+        step = self._mixed_step if computes_prompts else _Step(self._decode_s, 1.0)
+        tokens_per_s = requests_per_s * self.workload.output_tokens
+
+        def shortest_s(n_sequences: float) -> float:
+            groups = range(1, min(MAX_MICRO_BATCHES, int(n_sequences)) + 1)
+            return min(n * self._period_s(pipeline, step, n_sequences / n, n) for n in groups)
+
+        low, high = 1.0, min(self.resident(pipeline), float(MAX_MICRO_BATCHES * BATCH_CAP))
+        if high < 1.0 or high / shortest_s(high) < tokens_per_s:
+            return math.inf
+        if low / shortest_s(low) >= tokens_per_s:
+            return shortest_s(low)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            is_enough = middle / shortest_s(middle) >= tokens_per_s
+            low, high = (low, middle) if is_enough else (middle, high)
+        return shortest_s(high)
+
+    @cached_property
+    def _mixed_step(self) -> _Step:
+        output = self.workload.output_tokens
+
+        def step_s(seat: Seat, batch: float) -> float:
+            return self._decode_s(seat, batch) + batch / output * self._prefill_s(seat)
+
+        return _Step(step_s, 1.0 + self.workload.prompt_tokens / output)
 
     def _uses(self, pipeline: Pipeline, batch: float, n: int) -> Iterator[tuple[float, float]]:
         prompt, output = self.workload.prompt_tokens, self.workload.output_tokens
@@ -188,6 +216,10 @@ class Capacities:
         sends = [hop.send_s(payload) for hop in pipeline.hops]
         around_s = sum(steps) + sum(sends) + sum(hop.delay_s for hop in pipeline.hops) + pipeline.back.delay_s
         return max(*steps, *sends, around_s / n)
+
+    def step_s(self, seat: Seat, batch: float) -> float:
+        """A stage's time for a step in which `batch` sequences decode."""
+        return self._decode_s(seat, batch)
 
     def _prefill_s(self, seat: Seat) -> float:
         prompt = self.workload.prompt_tokens

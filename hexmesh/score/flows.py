@@ -21,18 +21,28 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
 
 from hexmesh.cluster import Cluster, Role
-from hexmesh.plan import Stage
 
 LimitKind = Literal["prefill", "decode", "mixed", "nic_out", "nic_in", "line", "link"]
 Way = tuple[str, str]
 """From a node to a node."""
+
+
+class Held(Protocol):
+    """Layers [start, stop) that a node holds, such as a stage."""
+
+    @property
+    def node(self) -> str: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +53,7 @@ class ReplicaRates:
     role: Role
     prefill: float
     decode: float
-    stages: tuple[Stage, ...]
+    stages: tuple[Held, ...]
     uses: tuple[tuple[float, float], ...] = ()
     """As in `Mixed`, for "mixed"."""
 
@@ -75,7 +85,7 @@ class FlowScore:
         return max(self.shares, key=self.shares.__getitem__, default=None)
 
 
-def handoff_bytes(prefill: Sequence[Stage], decode: Sequence[Stage], layer_bytes: float) -> dict[Way, float]:
+def handoff_bytes(prefill: Sequence[Held], decode: Sequence[Held], layer_bytes: float) -> dict[Way, float]:
     """Bytes of one request's KV by way between two hosts, `layer_bytes` for each layer."""
     ways = defaultdict[Way, float](float)
     for a in prefill:

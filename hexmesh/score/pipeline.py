@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from msgspec.structs import replace
 
-from hexmesh.cluster import Cluster, Link, Node
+from hexmesh.cluster import Cluster, Device, Link, Node
 from hexmesh.cost import LOCAL_BYTES_PER_S, LOCAL_HOP_S, STAGE_OVERHEAD_S, layer_overhead_s
 from hexmesh.errors import InvalidInput
 from hexmesh.plan import Stage
@@ -63,8 +63,8 @@ def pipeline_of(stages: Iterable[Stage], cluster: Cluster) -> Pipeline:
             Seat(group=group_of(node, stage.devices), start=stage.start, stop=stage.stop)
             for stage, node in placed
         ),
-        hops=tuple(_hop(a, b, links) for a, b in pairwise(nodes)),
-        back=NOWHERE if len(nodes) == 1 else _hop(nodes[-1], nodes[0], links),
+        hops=tuple(hop_between(a, b, links) for a, b in pairwise(nodes)),
+        back=NOWHERE if len(nodes) == 1 else hop_between(nodes[-1], nodes[0], links),
     )
 
 
@@ -74,14 +74,20 @@ def group_of(node: Node, indices: tuple[int, ...]) -> Group:
     if len(indices) > 1 and node.fabric is None:
         raise InvalidInput(f"{node.name}: no way between its devices is known", next_step="give it a fabric")
     slowest = min(devices, key=lambda device: (device.bytes_per_s, device.flops_per_s))
+    device = replace(
+        slowest,
+        budget_bytes=min(device.budget_bytes for device in devices),
+        flops_per_s=min(device.flops_per_s for device in devices),
+    )
+    return group_like(node, device, len(indices))
+
+
+def group_like(node: Node, device: Device, tp: int) -> Group:
+    """So many devices of the node that are all like `device`."""
     return Group(
-        device=replace(
-            slowest,
-            budget_bytes=min(device.budget_bytes for device in devices),
-            flops_per_s=min(device.flops_per_s for device in devices),
-        ),
+        device=device,
         fabric=node.fabric,
-        tp=len(indices),
+        tp=tp,
         launch_s=launch_s(node),
         step_s=STAGE_OVERHEAD_S if node.step_s is None else node.step_s,
     )
@@ -93,7 +99,8 @@ def launch_s(node: Node) -> float:
     return known if node.launch_s is None else node.launch_s
 
 
-def _hop(src: Node, dst: Node, links: dict[tuple[str, str], Link]) -> Hop:
+def hop_between(src: Node, dst: Node, links: dict[tuple[str, str], Link]) -> Hop:
+    """From one node to another, or inside one. Raises InvalidInput where there is no link."""
     if src.id == dst.id:
         return Hop(LOCAL_HOP_S, LOCAL_BYTES_PER_S)
     link = links.get((src.id, dst.id))

@@ -35,6 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cost": FACTS | {"plan"},
     "serving": FACTS | {"plan", "wire"},
     "wire": FACTS | {"plan"},
+    "planner": FACTS | {"plan", "cost", "roofline", "score", "native", "sim"},
+    "sim": FACTS | {"plan", "cost", "roofline", "score", "serving", "wire"},
     "schedule": FACTS | {"plan", "cost", "native"},
     "native": FOUNDATION,
     "runtime": FACTS | {"plan", "serving", "wire", "native"},

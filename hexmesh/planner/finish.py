@@ -1,0 +1,86 @@
+"""A draft becomes a plan: devices get their names, stages their KV blocks and bytes, flows their shares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from hexmesh.plan import Flow, Plan, Replica, Stage, Unused
+from hexmesh.planner.layouts import Layout
+from hexmesh.planner.pools import Part
+from hexmesh.planner.problem import Judged, Problem
+
+
+def finish(
+    problem: Problem,
+    judged: Judged,
+    *,
+    model_id: str,
+    model_name: str,
+    max_model_tokens: int,
+    hosts: Mapping[str, int],
+    reason: str = "",
+) -> Plan:
+    """The plan that `judged` stands for. Devices are taken in the order of their indices."""
+    free = [list(pool.devices) for pool in problem.pools]
+    replicas = tuple(
+        _replica(problem, f"r{at}", layout, free, judged.flow.decode[f"r{at}"])
+        for at, layout in enumerate(judged.draft)
+    )
+    total = judged.flow.requests_per_s
+    return Plan(
+        model_id=model_id,
+        model_name=model_name,
+        n_layers=problem.spec.n_layers,
+        dtype=problem.dtype,
+        max_model_tokens=max_model_tokens,
+        hosts=dict(hosts),
+        replicas=replicas,
+        flows=_flows(judged, total),
+        unused=tuple(_unused(problem, free)),
+        reason=reason,
+    )
+
+
+def _replica(
+    problem: Problem, name: str, layout: Layout, free: list[list[int]], requests_per_s: float
+) -> Replica:
+    stages = []
+    for part in layout.parts:
+        devices = tuple(free[part.pool][: part.tp])
+        del free[part.pool][: part.tp]
+        stages.append(_stage(problem, part, devices, layout))
+    return Replica(
+        id=name,
+        role=layout.role,
+        stages=tuple(stages),
+        block_tokens=problem.block_tokens,
+        predicted_tokens_per_s=requests_per_s * problem.workload.output_tokens,
+        predicted_batch=max(1, int(layout.batch * layout.micro_batches)),
+    )
+
+
+def _stage(problem: Problem, part: Part, devices: tuple[int, ...], layout: Layout) -> Stage:
+    costs, pool = problem.capacities.costs, problem.pools[part.pool]
+    blocks = costs.room_blocks(part.start, part.stop, pool.device, part.tp)
+    return Stage(
+        node=pool.node.id,
+        devices=devices,
+        start=part.start,
+        stop=part.stop,
+        kv_blocks=blocks,
+        needed_bytes=costs.needed_bytes(part.start, part.stop, blocks, pool.device.kind, part.tp),
+        room_bytes=pool.device.budget_bytes,
+        predicted_step_s=problem.capacities.step_s(problem.seat(part), max(1.0, layout.batch)),
+    )
+
+
+def _flows(judged: Judged, total: float) -> tuple[Flow, ...]:
+    """Shares that sum to one; a replica that serves its own prompts flows into itself."""
+    flows = [Flow(src=p, dst=d, share=rate / total) for (p, d), rate in judged.flow.flows.items()]
+    return tuple(sorted(flows, key=lambda flow: (flow.src, flow.dst)))
+
+
+def _unused(problem: Problem, free: list[list[int]]) -> Iterator[Unused]:
+    for pool, left in zip(problem.pools, free, strict=True):
+        for device in left:
+            yield Unused(node=pool.node.id, device=device, reason="the plan is no better with it")

@@ -1,0 +1,86 @@
+"""The front door: every search is asked for in the same way and answers in the same way, with a bound beside it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hexmesh.errors import InvalidInput
+from hexmesh.planner.algorithms import greedy
+from hexmesh.planner.problem import Draft, Judged, Problem
+from hexmesh.planner.run import Run, Step
+from hexmesh.score import fluid_bound
+
+Search = Callable[[Run], None]
+"""Offers drafts to the run until it has no better ones or the time is over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search came to."""
+
+    algorithm: str
+    best: Judged | None
+    """None: nothing that fits was found."""
+    bound_requests_per_s: float
+    """No plan of any kind serves more, by this score."""
+    trace: tuple[Step, ...]
+    notes: tuple[str, ...]
+    elapsed_s: float
+    n_judged: int
+    was_cut_off: bool
+    """Whether time ended the search before it was done."""
+
+    @property
+    def gap(self) -> float:
+        """How much of the bound the best draft leaves."""
+        rate = 0.0 if self.best is None else self.best.flow.requests_per_s
+        return 1.0 - rate / self.bound_requests_per_s if self.bound_requests_per_s > 0 else 0.0
+
+
+def search(
+    problem: Problem,
+    algorithm: str = "auto",
+    *,
+    seed: int,
+    clock: Callable[[], float],
+    budget_s: float = 60.0,
+    current: Draft | None = None,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> Found:
+    """The best draft that an algorithm finds. Raises InvalidInput for a name that is none.
+
+    The same seed gives the same draft, unless time cut the search off.
+    """
+    run = Run(
+        problem=problem,
+        rng=random.Random(seed),
+        clock=clock,
+        budget_s=budget_s,
+        current=current,
+        on_step=on_step,
+    )
+    _named(algorithm)(run)
+    return Found(
+        algorithm=algorithm,
+        best=run.best,
+        bound_requests_per_s=fluid_bound(problem.cluster, problem.capacities),
+        trace=tuple(run.trace),
+        notes=tuple(run.notes),
+        elapsed_s=run.elapsed_s,
+        n_judged=run.n_judged,
+        was_cut_off=run.is_over,
+    )
+
+
+ALGORITHMS: Mapping[str, Search] = {"auto": greedy.search, "greedy": greedy.search}
+"""All searches by name, the portfolio first."""
+
+
+def _named(algorithm: str) -> Search:
+    if algorithm not in ALGORITHMS:
+        raise InvalidInput(
+            f"no algorithm is called {algorithm!r}", next_step=f"choose one of {', '.join(ALGORITHMS)}"
+        )
+    return ALGORITHMS[algorithm]
