@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -59,7 +59,7 @@ class Problem:
     roles: frozenset[Role] = frozenset(ROLES)
     """Roles that replicas may have; all of prefill and decode without mixed is "strict"."""
     block_tokens: int = 16
-    limits: StepLimits = StepLimits()
+    limits: StepLimits = field(default_factory=StepLimits)
 
     @cached_property
     def pools(self) -> tuple[Pool, ...]:

@@ -33,6 +33,8 @@ class Run:
     """What serves now: a start to improve on."""
     on_step: Callable[[Step], None] = lambda step: None
     best: Judged | None = None
+    best_by: dict[str, Judged] = field(default_factory=dict)
+    """The best of each who offered."""
     trace: list[Step] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What the person who asked should know of the search, such as that time cut it short."""
@@ -58,6 +60,8 @@ class Run:
     def keep(self, judged: Judged, by: str) -> Judged:
         """The same for one that was judged already."""
         self.n_judged += 1
+        if by not in self.best_by or judged.worth > self.best_by[by].worth:
+            self.best_by[by] = judged
         if judged.flow.requests_per_s > 0 and (self.best is None or judged.worth > self.best.worth):
             self.best = judged
             step = Step(self.elapsed_s, judged.worth[0], judged.flow.requests_per_s, by)
