@@ -7,18 +7,14 @@ hub send into it and take from it, and what passes between their sites. Each lim
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
-
-import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import linprog
-from scipy.sparse import csr_matrix
 
 from hexmesh.cluster import Role
 from hexmesh.score.network import Network, Way
 from hexmesh.score.places import Held, Place, pairs_of
+from hexmesh.score.program import Program
 
 LimitKind = Literal["prefill", "decode", "mixed", "nic_out", "nic_in", "line", "link"]
 
@@ -65,111 +61,100 @@ class Solved:
     """How much of the result each limit decides."""
 
 
-@dataclass(kw_only=True)
-class _Program:
-    """Variables and rows under construction."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flows:
+    """Variables of a program by what they are of, as in `Solved`."""
 
-    worth: list[float] = field(default_factory=list)
-    most: list[float] = field(default_factory=list)
-    caps: dict[int, Limit] = field(default_factory=dict)
-    """Limits that are a variable's bound."""
-    limits: dict[Limit, int] = field(default_factory=dict)
-    """Rows that stay below 1."""
-    uses: list[tuple[int, int, float]] = field(default_factory=list)
-    """(row, variable, share of the limit)."""
-    balances: dict[Hashable, int] = field(default_factory=dict)
-    """Rows that come to 0."""
-    terms: list[tuple[int, int, float]] = field(default_factory=list)
-
-    def variable(self, worth: float = 0.0, most: float = math.inf) -> int:
-        self.worth.append(worth)
-        self.most.append(most)
-        return len(self.worth) - 1
-
-    def use(self, limit: Limit, at: int, amount: float, available: float) -> None:
-        """A variable's unit takes so much of what is available."""
-        if available <= 0 < amount:
-            self.most[at] = 0.0
-        elif math.isfinite(available):
-            row = self.limits.setdefault(limit, len(self.limits))
-            self.uses.append((row, at, amount / available))
-
-    def balance(self, key: Hashable, at: int, sign: float) -> None:
-        self.terms.append((self.balances.setdefault(key, len(self.balances)), at, sign))
-
-    def solve(self) -> tuple[NDArray[np.float64], Mapping[Limit, float]]:
-        """The variables' values, and each limit's share of the result."""
-        n = len(self.worth)
-        most = np.array(self.most)
-        found = linprog(
-            -np.array(self.worth),
-            A_ub=_matrix(self.uses, len(self.limits), n),
-            b_ub=np.ones(len(self.limits)),
-            A_eq=_matrix(self.terms, len(self.balances), n),
-            b_eq=np.zeros(len(self.balances)),
-            bounds=np.column_stack([np.zeros(n), most]),
-            method="highs",
-        )
-        assert found.success, found.message
-        shares = dict(zip(self.limits, -found.ineqlin.marginals, strict=True))
-        shares |= {limit: -found.upper.marginals[at] * most[at] for at, limit in self.caps.items()}
-        total = sum(shares.values())
-        kept = {limit: float(share / total) for limit, share in shares.items() if share > 1e-9 * total}
-        return np.maximum(found.x, 0.0), kept
-
-
-def _matrix(entries: Sequence[tuple[int, int, float]], n_rows: int, n: int) -> csr_matrix:
-    rows, columns, values = zip(*entries, strict=True) if entries else ((), (), ())
-    return csr_matrix((values, (rows, columns)), shape=(n_rows, n))
+    prefill: Mapping[int, int]
+    decode: Mapping[int, int]
+    named: Mapping[tuple[Place, Place], int]
+    out: Mapping[Place, int]
+    into: Mapping[Place, int]
+    passed: Mapping[tuple[str, str], int]
 
 
 def solve(
     replicas: Sequence[ReplicaRates], places: Sequence[Place], network: Network, layer_bytes: float
 ) -> Solved:
     """The most requests; `places` are the replicas', `layer_bytes` is the KV of one prompt in one layer."""
-    program = _Program()
-    prefill, decode = _replicas(program, replicas, places)
+    program = Program()
+    flows = add_flows(program, replicas, places, network, layer_bytes)
+    solution = program.solve()
+    values = solution.values
+    shares = {limit: price for limit, price in solution.limits.items() if isinstance(limit, Limit)}
+    caps = solution.caps
+    shares |= {Limit("prefill", replicas[at].name): caps.get(x, 0.0) for at, x in flows.prefill.items()}
+    shares |= {Limit("decode", replicas[at].name): caps.get(y, 0.0) for at, y in flows.decode.items()}
+    total = sum(shares.values())
+    return Solved(
+        prefill={at: float(values[x]) for at, x in flows.prefill.items()},
+        decode={at: float(values[y]) for at, y in flows.decode.items()},
+        named={pair: float(values[f]) for pair, f in flows.named.items()},
+        out={place: float(values[v]) for place, v in flows.out.items()},
+        into={place: float(values[v]) for place, v in flows.into.items()},
+        passed={sites: float(values[v]) for sites, v in flows.passed.items()},
+        shares={limit: share / total for limit, share in shares.items() if share > 1e-9 * total},
+    )
+
+
+def add_flows(
+    program: Program,
+    replicas: Sequence[ReplicaRates],
+    places: Sequence[Place],
+    network: Network,
+    layer_bytes: float,
+    gates: Sequence[int] | None = None,
+) -> Flows:
+    """Rows and variables of the replicas' flows; with gates, each replica is there as often as its gate says.
+
+    What a network's `gates` say of a node is there as often, too.
+    """
+    prefill, decode = _replicas(program, replicas, places, gates)
     sources = list(dict.fromkeys(places[at] for at in prefill))
     targets = list(dict.fromkeys(places[at] for at in decode))
-    named = _pairs(program, sources, targets, network, layer_bytes)
-    out = _ends(program, sources, network, layer_bytes, leaves=True)
-    into = _ends(program, targets, network, layer_bytes, leaves=False)
-    passed = _passes(program, sources, targets, network, layer_bytes)
-    values, shares = program.solve()
-    return Solved(
-        prefill={at: values[x] for at, x in prefill.items()},
-        decode={at: values[y] for at, y in decode.items()},
-        named={pair: values[f] for pair, f in named.items()},
-        out={place: values[v] for place, v in out.items()},
-        into={place: values[v] for place, v in into.items()},
-        passed={sites: values[v] for sites, v in passed.items()},
-        shares=shares,
+    return Flows(
+        prefill=prefill,
+        decode=decode,
+        named=_pairs(program, sources, targets, network, layer_bytes),
+        out=_ends(program, sources, network, layer_bytes, leaves=True),
+        into=_ends(program, targets, network, layer_bytes, leaves=False),
+        passed=_passes(program, sources, targets, network, layer_bytes),
     )
 
 
 def _replicas(
-    program: _Program, replicas: Sequence[ReplicaRates], places: Sequence[Place]
+    program: Program,
+    replicas: Sequence[ReplicaRates],
+    places: Sequence[Place],
+    gates: Sequence[int] | None,
 ) -> tuple[dict[int, int], dict[int, int]]:
     """Variables of the replicas' prompts and outputs, within their own limits."""
     prefill, decode = dict[int, int](), dict[int, int]()
     for at, replica in enumerate(replicas):
+        gate = None if gates is None else gates[at]
         if replica.role != "decode":
-            prefill[at] = x = program.variable(1.0, replica.prefill)
-            program.caps[x] = Limit("prefill", replica.name)
+            prefill[at] = x = _rate(program, Limit("prefill", replica.name), replica.prefill, gate, 1.0)
             program.balance(("from", places[at]), x, 1.0)
         if replica.role != "prefill":
-            decode[at] = y = program.variable(0.0, replica.decode)
-            program.caps[y] = Limit("decode", replica.name)
+            decode[at] = y = _rate(program, Limit("decode", replica.name), replica.decode, gate, 0.0)
             program.balance(("to", places[at]), y, 1.0)
         for part, (prompt_s, output_s) in enumerate(replica.uses):
             limit = Limit("mixed", f"{replica.name}/{part}")
-            program.use(limit, prefill[at], prompt_s, 1.0)
-            program.use(limit, decode[at], output_s, 1.0)
+            program.use(limit, prefill[at], prompt_s, 1.0, gate)
+            program.use(limit, decode[at], output_s, 1.0, gate)
     return prefill, decode
 
 
+def _rate(program: Program, limit: Limit, most: float, gate: int | None, worth: float) -> int:
+    if gate is None:
+        return program.variable(worth, most)
+    rate = program.variable(worth)
+    program.use(limit, rate, 1.0, most, gate)
+    return rate
+
+
 def _pairs(
-    program: _Program,
+    program: Program,
     sources: Sequence[Place],
     targets: Sequence[Place],
     network: Network,
@@ -191,24 +176,34 @@ def _distance(ways: Mapping[Way, int], network: Network) -> float:
     return float(len(ways) > 0) + crosses
 
 
-def _send(program: _Program, f: int, way: Way, n_bytes: float, network: Network) -> None:
+def _send(program: Program, f: int, way: Way, n_bytes: float, network: Network) -> None:
     src, dst = way
-    if src in network.nics:
-        program.use(Limit("nic_out", src), f, n_bytes, network.nics[src].out_bytes_per_s)
-    if dst in network.nics:
-        program.use(Limit("nic_in", dst), f, n_bytes, network.nics[dst].in_bytes_per_s)
+    _leave(program, f, src, n_bytes, network)
+    _enter(program, f, dst, n_bytes, network)
     program.use(Limit("link", f"{src} to {dst}"), f, n_bytes, network.own_limit(way))
     _cross(program, f, (network.sites[src], network.sites[dst]), n_bytes, network)
 
 
-def _cross(program: _Program, f: int, sites: tuple[str, str], n_bytes: float, network: Network) -> None:
+def _leave(program: Program, f: int, node: str, n_bytes: float, network: Network) -> None:
+    nic = network.nics.get(node)
+    if nic is not None:
+        program.use(Limit("nic_out", node), f, n_bytes, nic.out_bytes_per_s, network.gates.get(node))
+
+
+def _enter(program: Program, f: int, node: str, n_bytes: float, network: Network) -> None:
+    nic = network.nics.get(node)
+    if nic is not None:
+        program.use(Limit("nic_in", node), f, n_bytes, nic.in_bytes_per_s, network.gates.get(node))
+
+
+def _cross(program: Program, f: int, sites: tuple[str, str], n_bytes: float, network: Network) -> None:
     if sites[0] != sites[1]:
         limit = Limit("line", f"{sites[0]} to {sites[1]}")
         program.use(limit, f, n_bytes, network.lines.get(sites, math.inf))
 
 
 def _ends(
-    program: _Program, places: Sequence[Place], network: Network, layer_bytes: float, *, leaves: bool
+    program: Program, places: Sequence[Place], network: Network, layer_bytes: float, *, leaves: bool
 ) -> dict[Place, int]:
     """Variables of what places send into the hub, or take from it."""
     found = dict[Place, int]()
@@ -220,16 +215,13 @@ def _ends(
         program.balance(("from" if leaves else "to", place), v, -1.0)
         program.balance(("leaves" if leaves else "enters", site), v, 1.0)
         for node, n_layers in place.layers.items():
-            nic, n_bytes = network.nics.get(node), n_layers * layer_bytes
-            if nic is not None and leaves:
-                program.use(Limit("nic_out", node), v, n_bytes, nic.out_bytes_per_s)
-            elif nic is not None:
-                program.use(Limit("nic_in", node), v, n_bytes, nic.in_bytes_per_s)
+            meet = _leave if leaves else _enter
+            meet(program, v, node, n_layers * layer_bytes, network)
     return found
 
 
 def _passes(
-    program: _Program,
+    program: Program,
     sources: Sequence[Place],
     targets: Sequence[Place],
     network: Network,

@@ -8,6 +8,7 @@ and the receiver's NIC, whoever the partner is, so that a flow program needs no 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,6 +43,15 @@ class Network:
     def lines(self) -> dict[tuple[str, str], float]:
         """Bytes per second by (source, destination) of sites; a line that is not there limits nothing."""
         return {(line.src, line.dst): line.bytes_per_s for line in self.cluster.site_links}
+
+    @property
+    def gates(self) -> Mapping[str, int]:
+        """Variables of a program that say how often a node is there; none says that all are there once."""
+        return {}
+
+    def has_link(self, way: Way) -> bool:
+        """Whether the pair may be used together."""
+        return way in self.links
 
     def own_limit(self, way: Way) -> float:
         """Bytes per second of that pair's link; infinite where the NICs at its ends or the line decide anyway."""

@@ -91,5 +91,5 @@ def pairs_of(
             others = list(near | dict.fromkeys(outside))
         for target in others:
             ways = source.layers_sent(target)
-            if all(way in network.links for way in ways):
+            if all(network.has_link(way) for way in ways):
                 yield source, target, ways
