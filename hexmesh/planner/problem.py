@@ -20,6 +20,7 @@ from hexmesh.planner.layouts import Layout, Layouts
 from hexmesh.planner.objective import WORTHLESS, Figures, Latency, Objective, Worth, within
 from hexmesh.planner.pools import ROLES, Part, Pool, Team, pools_of, team_of
 from hexmesh.score import Capacities, FlowScore, ReplicaRates, best_flow, handoff_bytes
+from hexmesh.score.network import Network
 from hexmesh.score.pipeline import NOWHERE, Pipeline, Seat, group_like, hop_between
 from hexmesh.score.plan_score import kv_layer_bytes
 from hexmesh.workload import Workload
@@ -78,9 +79,14 @@ class Problem:
         return Layouts(self.cluster, self.pools, self.capacities)
 
     @cached_property
+    def network(self) -> Network:
+        """Its wires, looked up once."""
+        return Network(self.cluster)
+
+    @cached_property
     def links(self) -> dict[tuple[str, str], Link]:
         """Links by (source, destination)."""
-        return self.cluster.link_table()
+        return self.network.links
 
     @property
     def whole(self) -> Team:
@@ -93,7 +99,7 @@ class Problem:
 
     def judge(self, draft: Draft) -> Judged:
         """What the draft is worth. It must not take more of a pool than there is."""
-        flow = best_flow(self.rates(draft), self.cluster, kv_layer_bytes(self.capacities))
+        flow = best_flow(self.rates(draft), self.network, kv_layer_bytes(self.capacities))
         latency_s = self.latency_s(draft, flow) if isinstance(self.objective, Latency) else 0.0
         nodes = {pool.node.id: pool.node for pool in self.pools}
         used = {self.pools[part.pool].node.id for layout in draft for part in layout.parts}

@@ -21,49 +21,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TypeVar
 
-import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import csr_matrix
+from hexmesh.cluster import Cluster
+from hexmesh.score.flow_program import Limit, LimitKind, ReplicaRates, Solved, solve
+from hexmesh.score.network import Network, Way
+from hexmesh.score.places import Held, Place, spans_of
 
-from hexmesh.cluster import Cluster, Role
+_End = TypeVar("_End", int, Place)
 
-LimitKind = Literal["prefill", "decode", "mixed", "nic_out", "nic_in", "line", "link"]
-Way = tuple[str, str]
-"""From a node to a node."""
-
-
-class Held(Protocol):
-    """Layers [start, stop) that a node holds, such as a stage."""
-
-    @property
-    def node(self) -> str: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaRates:
-    """What one replica does at most, in requests per second."""
-
-    name: str
-    role: Role
-    prefill: float
-    decode: float
-    stages: tuple[Held, ...]
-    uses: tuple[tuple[float, float], ...] = ()
-    """As in `Mixed`, for "mixed"."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """Something that is used up. A mixed replica's parts are numbered: its stages, its hops, the round trip."""
-
-    kind: LimitKind
-    name: str
+__all__ = ["FlowScore", "Held", "Limit", "LimitKind", "ReplicaRates", "best_flow", "handoff_bytes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,114 +54,96 @@ class FlowScore:
 
 def handoff_bytes(prefill: Sequence[Held], decode: Sequence[Held], layer_bytes: float) -> dict[Way, float]:
     """Bytes of one request's KV by way between two hosts, `layer_bytes` for each layer."""
-    ways = defaultdict[Way, float](float)
-    for a in prefill:
-        for b in decode:
-            n_layers = min(a.stop, b.stop) - max(a.start, b.start)
-            if n_layers > 0 and a.node != b.node:
-                ways[a.node, b.node] += n_layers * layer_bytes
-    return dict(ways)
+    layers = Place(spans_of(prefill)).layers_sent(Place(spans_of(decode)))
+    return {way: n_layers * layer_bytes for way, n_layers in layers.items()}
 
 
-def best_flow(replicas: Sequence[ReplicaRates], cluster: Cluster, layer_bytes: float) -> FlowScore:
-    """The most requests that the replicas serve; `layer_bytes` is the KV of one prompt in one layer."""
-    pairs = list(_pairs(replicas, cluster, layer_bytes))
-    if not pairs:
-        return _score(replicas, pairs, [], 0.0, {})
-    limits, sites = _limits(replicas, cluster), {node.id: node.site for node in cluster.nodes}
-    rows, uses = dict[Limit, int](), defaultdict[tuple[int, int], float](float)
-    for at, (p, d, ways) in enumerate(pairs):
-        for limit, use in _uses(replicas[p], replicas[d], ways, sites):
-            if limit in limits:
-                uses[rows.setdefault(limit, len(rows)), at] += use
-    most = np.array([limits[limit] for limit in rows])
-    scale = np.where(most > 0, most, 1.0)
-    at_row, at_pair = np.array(list(uses)).T
-    shares = csr_matrix((np.array(list(uses.values())) / scale[at_row], (at_row, at_pair)))
-    found = linprog(-np.ones(len(pairs)), A_ub=shares, b_ub=most / scale, method="highs")
-    assert found.success, found.message
-    total = float(-found.fun)
-    prices = -found.ineqlin.marginals * (most / scale) / (total or 1.0)
-    return _score(replicas, pairs, found.x, total, dict(zip(rows, prices, strict=True)))
+def best_flow(replicas: Sequence[ReplicaRates], cluster: Cluster | Network, layer_bytes: float) -> FlowScore:
+    """The most requests that the replicas serve; `layer_bytes` is the KV of one prompt in one layer.
 
-
-def _score(
-    replicas: Sequence[ReplicaRates],
-    pairs: Sequence[tuple[int, int, Mapping[Way, float]]],
-    rates: Sequence[float],
-    total: float,
-    shares: Mapping[Limit, float],
-) -> FlowScore:
+    Who asks often over one cluster makes its `Network` once.
+    """
+    network = cluster if isinstance(cluster, Network) else Network(cluster)
+    known = dict[object, Place]()
+    spans = [spans_of(replica.stages) for replica in replicas]
+    places = [known.setdefault(one, Place(one)) for one in spans]
+    solved = solve(replicas, places, network, layer_bytes)
+    total = float(sum(solved.prefill.values()))
+    if total <= 1e-12:
+        return FlowScore(
+            requests_per_s=0.0,
+            prefill=dict.fromkeys((replica.name for replica in replicas), 0.0),
+            decode=dict.fromkeys((replica.name for replica in replicas), 0.0),
+            flows={},
+            shares={},
+        )
     flows = {
-        (replicas[p].name, replicas[d].name): float(rate)
-        for (p, d, _), rate in zip(pairs, rates, strict=True)
-        if rate > 1e-9 * max(total, 1e-30)
+        (replicas[p].name, replicas[d].name): rate
+        for p, d, rate in _replica_flows(solved, places, network)
+        if rate > 1e-9 * total
     }
-    names = [replica.name for replica in replicas]
+    prefill, decode = defaultdict[str, float](float), defaultdict[str, float](float)
+    for (p, d), rate in flows.items():
+        prefill[p] += rate
+        decode[d] += rate
     return FlowScore(
         requests_per_s=total,
-        prefill={name: sum(rate for (p, _), rate in flows.items() if p == name) for name in names},
-        decode={name: sum(rate for (_, d), rate in flows.items() if d == name) for name in names},
+        prefill={replica.name: prefill[replica.name] for replica in replicas},
+        decode={replica.name: decode[replica.name] for replica in replicas},
         flows=flows,
-        shares={limit: float(share) for limit, share in shares.items() if share > 1e-9} if total > 0 else {},
+        shares=solved.shares,
     )
 
 
-def _pairs(
-    replicas: Sequence[ReplicaRates], cluster: Cluster, layer_bytes: float
-) -> Iterator[tuple[int, int, Mapping[Way, float]]]:
-    """Pairs of replicas that may hand over, with the bytes that a request sends: none over a missing link."""
-    links = cluster.link_table()
-    for p, source in enumerate(replicas):
-        for d, target in enumerate(replicas):
-            if source.role == "decode" or target.role == "prefill" or (p == d and source.role != "mixed"):
-                continue
-            ways = handoff_bytes(source.stages, target.stages, layer_bytes)
-            if all(way in links for way in ways):
-                yield p, d, ways
+def _replica_flows(
+    solved: Solved, places: Sequence[Place], network: Network
+) -> Iterator[tuple[int, int, float]]:
+    """Flows between places dealt out to their replicas: first each to itself, then in order."""
+    x, y = dict(solved.prefill), dict(solved.decode)
+    sources, targets = defaultdict[Place, list[int]](list), defaultdict[Place, list[int]](list)
+    for at in x:
+        sources[places[at]].append(at)
+    for at in y:
+        targets[places[at]].append(at)
+    for (source, target), rate in sorted(
+        _place_flows(solved, network).items(), key=lambda item: item[0][0] is not item[0][1]
+    ):
+        own = [at for at in sources[source] if at in y] if source is target else []
+        for at in own:
+            moved = min(rate, x[at], y[at])
+            yield at, at, moved
+            rate, x[at], y[at] = rate - moved, x[at] - moved, y[at] - moved
+        yield from _dealt(sources[source], targets[target], x, y, rate)
 
 
-def _uses(
-    source: ReplicaRates, target: ReplicaRates, ways: Mapping[Way, float], sites: Mapping[str, str]
-) -> Iterator[tuple[Limit, float]]:
-    """What one request a second of that pair takes of each limit."""
-    yield from _rate_uses(source, 1.0, 0.0)
-    yield from _rate_uses(target, 0.0, 1.0)
-    for (src, dst), n_bytes in ways.items():
-        yield Limit("nic_out", src), n_bytes
-        yield Limit("nic_in", dst), n_bytes
-        yield Limit("link", f"{src} to {dst}"), n_bytes
-        if sites[src] != sites[dst]:
-            yield Limit("line", f"{sites[src]} to {sites[dst]}"), n_bytes
+def _place_flows(solved: Solved, network: Network) -> Mapping[tuple[Place, Place], float]:
+    """All flows between places, those through the hub taken apart: between two sites any partners do."""
+    flows = defaultdict[tuple[Place, Place], float](float, solved.named)
+    out, into = dict(solved.out), dict(solved.into)
+    for (src, dst), rate in solved.passed.items():
+        senders = [place for place in out if place.hub_site(network) == src]
+        takers = [place for place in into if place.hub_site(network) == dst]
+        for source, target, moved in _dealt(senders, takers, out, into, rate):
+            flows[source, target] += moved
+    return flows
 
 
-def _rate_uses(replica: ReplicaRates, prompts: float, outputs: float) -> Iterator[tuple[Limit, float]]:
-    """Of the replica's own rates."""
-    if prompts:
-        yield Limit("prefill", replica.name), prompts
-    if outputs:
-        yield Limit("decode", replica.name), outputs
-    for part, (prompt_s, output_s) in enumerate(replica.uses):
-        yield Limit("mixed", f"{replica.name}/{part}"), prompts * prompt_s + outputs * output_s
-
-
-def _limits(replicas: Sequence[ReplicaRates], cluster: Cluster) -> Mapping[Limit, float]:
-    """How much there is of everything that is known, links left out that their ends' NICs limit anyway."""
-    limits = dict[Limit, float]()
-    for replica in replicas:
-        limits[Limit("prefill", replica.name)] = replica.prefill
-        limits[Limit("decode", replica.name)] = replica.decode
-        for part in range(len(replica.uses)):
-            limits[Limit("mixed", f"{replica.name}/{part}")] = 1.0
-    nics = {node.id: node.nic for node in cluster.nodes if node.nic is not None}
-    for node_id, nic in nics.items():
-        limits[Limit("nic_out", node_id)] = nic.out_bytes_per_s
-        limits[Limit("nic_in", node_id)] = nic.in_bytes_per_s
-    for link in cluster.links:
-        out, into = nics.get(link.src), nics.get(link.dst)
-        is_slower_than_out = out is None or link.bytes_per_s < out.out_bytes_per_s
-        if is_slower_than_out and (into is None or link.bytes_per_s < into.in_bytes_per_s):
-            limits[Limit("link", f"{link.src} to {link.dst}")] = link.bytes_per_s
-    for line in cluster.site_links:
-        limits[Limit("line", f"{line.src} to {line.dst}")] = line.bytes_per_s
-    return limits
+def _dealt(
+    sources: Sequence[_End],
+    targets: Sequence[_End],
+    left: dict[_End, float],
+    room: dict[_End, float],
+    rate: float,
+) -> Iterator[tuple[_End, _End, float]]:
+    """So much from sources to targets, each as long as it lasts; what is `left` and the `room` shrink."""
+    senders, takers = list(reversed(sources)), list(reversed(targets))
+    while rate > 0 and senders and takers:
+        source, target = senders[-1], takers[-1]
+        moved = min(rate, left[source], room[target])
+        if moved > 0:
+            yield source, target, moved
+        rate, left[source], room[target] = rate - moved, left[source] - moved, room[target] - moved
+        if left[source] <= 0:
+            senders.pop()
+        if room[target] <= 0:
+            takers.pop()
