@@ -21,7 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from hexmesh.cost import CostModel
 from hexmesh.model_spec import LayerSpec
@@ -235,7 +235,12 @@ class Capacities:
 
     def _kinds(self, seat: Seat) -> list[tuple[LayerSpec, int]]:
         """The stage's layers, like ones together."""
-        return list(Counter(self.costs.spec.layers[seat.start : seat.stop]).items())
+        return self._kinds_of_cut(seat.start, seat.stop)
+
+    @cached_property
+    def _kinds_of_cut(self) -> Callable[[int, int], list[tuple[LayerSpec, int]]]:
+        layers = self.costs.spec.layers
+        return cache(lambda start, stop: list(Counter(layers[start:stop]).items()))
 
     def _head_s(self, seat: Seat, n_tokens: float) -> float:
         is_last = seat.stop == self.costs.spec.n_layers
