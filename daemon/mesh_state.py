@@ -27,11 +27,12 @@ from hexmesh.serving.router import (
     ReplicaLoad,
     Sent,
     broken_stages,
-    choose_replica,
+    choose_pair,
     load_of,
     retry_after_s,
     whole_replicas,
 )
+from hexmesh.serving.turns import Turns
 from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import ReplicaStats
 from hexmesh.wire.notice import PlanBlocked
@@ -62,6 +63,7 @@ class MeshState:
     stats: dict[str, HeardStats]
     loop_time: Callable[[], float]
     rng: random.Random
+    turns: Turns
     peer_of: Callable[[str], PeerInfo | None]
     """What connections tell of a node."""
     starting: str | None
@@ -101,8 +103,9 @@ class MeshState:
         held = self.epochs.committed
         if held is None:
             return None
-        replica = choose_replica(
+        pair = choose_pair(
             held.plan,
+            turns=self.turns,
             loads=self._loads(held),
             n_tokens=n_tokens,
             lost_nodes=self.lost_nodes(),
@@ -111,8 +114,9 @@ class MeshState:
             rng=self.rng,
             may_wait=may_wait,
         )
-        if replica is None:
+        if pair is None:
             return None
+        replica = pair.entry
         nodes = frozenset(stage.node for stage in replica.stages)
         return Route(held.epoch, replica.id, replica.driver, nodes)
 

@@ -73,6 +73,7 @@ from hexmesh.membership.records import DeviceFacts, NodeRecord
 from hexmesh.membership.timers import Timers
 from hexmesh.plan import DtypeName
 from hexmesh.serving.batcher import BatchLimits
+from hexmesh.serving.turns import Turns
 from hexmesh.wire.control import Epoch
 from hexmesh.wire.data import Step, StepResult
 from hexmesh.wire.facts import Facts
@@ -363,6 +364,7 @@ class Node:
             stats=stats,
             loop_time=self._loop.time,
             rng=self._rng,
+            turns=Turns(self._rng),
             peer_of=lambda node: self._network.peer(NodeId(node)),
             starting="this node starts its workers and measures its devices",
         )

@@ -130,7 +130,7 @@ class MeshPlanner:
             return NoPlan(_notice(answer, [self._directory.name_of(node) for node in sorted(barred)]))
         self._misfit = None
         log.info("planned search_s=%.3f reason=%s: %s", search_s, reason, _summary(answer, cluster))
-        faults = check_plan(answer, cluster, self._model.spec)
+        faults = check_plan(answer, cluster, self._model.spec, self._model.workload)
         assert not faults, faults
         plan = with_barred(answer, word, barred, cluster)
         data = encode_plan(plan)

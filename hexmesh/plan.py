@@ -138,6 +138,8 @@ def plan_fault(plan: Plan) -> str | None:
         return "two replicas have one name"
     if plan.max_model_tokens < 1:
         return "it takes no tokens"
+    if not all(0.0 <= flow.share <= 1.0 for flow in plan.flows):
+        return "a flow has an impossible share"
     faults = (_replica_fault(plan, replica) for replica in plan.replicas)
     return next((fault for fault in faults if fault is not None), None)
 
@@ -150,6 +152,8 @@ def _replica_fault(plan: Plan, replica: Replica) -> str | None:
         return f"the stages of replica {replica.id} do not cover {plan.n_layers} layers once, in order"
     if replica.block_tokens < 1 or replica.kv_blocks < 1:
         return f"replica {replica.id} has no room for KV"
+    if replica.predicted_batch < 1:
+        return f"replica {replica.id} is meant for no sequence"
     if not all(stage.devices and 0 <= stage.predicted_step_s < _LONGEST_STEP_S for stage in replica.stages):
         return f"a stage of replica {replica.id} has no device, or takes an impossible time"
     return None

@@ -10,13 +10,16 @@ from hexmesh.cluster import Cluster
 from hexmesh.cost import CostModel, StepLimits
 from hexmesh.model_spec import ModelSpec
 from hexmesh.plan import Plan, Replica, Stage
+from hexmesh.schedule.check_flows import flow_violations
 from hexmesh.workload import Workload
 
 
 def check_plan(plan: Plan, cluster: Cluster, spec: ModelSpec, workload: Workload | None = None) -> list[str]:
     """What is wrong with the plan, in words; empty for a sound one.
 
-    With a workload each replica must also have KV for one of its sequences; else for one block.
+    With a workload each replica must also have KV for one of its sequences, else for one block; and NICs, links and
+    lines must carry the KV that is handed over at the predicted rate. That prefill and decode of a mixed replica have
+    one layout needs no check: a replica has one list of stages, and no device is used twice.
     """
     return list(_violations(plan, cluster, spec, workload))
 
@@ -40,7 +43,7 @@ def _violations(plan: Plan, cluster: Cluster, spec: ModelSpec, workload: Workloa
     )
     for replica in plan.replicas:
         yield from _replica_violations(plan, replica, cluster, spec, workload)
-    yield from _flow_violations(plan)
+    yield from flow_violations(plan, cluster, spec, workload)
 
 
 def _replica_violations(
@@ -64,6 +67,7 @@ def _replica_violations(
     costs = CostModel(spec, plan.dtype, replica.block_tokens, StepLimits())
     for stage in replica.stages:
         yield from _stage_violations(plan, stage, cluster, costs)
+        yield from _capability_violations(replica, stage, cluster, spec)
     yield from _link_violations(replica, cluster)
 
 
@@ -86,10 +90,32 @@ def _stage_violations(plan: Plan, stage: Stage, cluster: Cluster, costs: CostMod
                 f"{where}: needs {stage.needed_bytes} bytes, device {index} has {devices[index].budget_bytes}"
             )
     if 0 <= stage.start < stage.stop <= costs.spec.n_layers and stage.devices:
-        least = costs.weight_bytes(stage.start, stage.stop)
-        least += stage.kv_blocks * costs.kv_block_bytes(stage.n_layers)
-        if stage.needed_bytes < least // len(stage.devices):
+        tp = len(stage.devices)
+        least = -(-costs.weight_bytes(stage.start, stage.stop) // tp)
+        least += stage.kv_blocks * costs.kv_block_bytes(stage.n_layers, tp)
+        if stage.needed_bytes < least:
             yield f"{where}: says {stage.needed_bytes} bytes, weights and KV alone are {least}"
+
+
+def _capability_violations(
+    replica: Replica, stage: Stage, cluster: Cluster, spec: ModelSpec
+) -> Iterator[str]:
+    """What the host does not do, by its own word, or cannot."""
+    node = next((node for node in cluster.nodes if node.id == stage.node), None)
+    if node is None:
+        return
+    where, tp = f"layers [{stage.start}, {stage.stop}) on {stage.node}", len(stage.devices)
+    if node.roles is not None and replica.role not in node.roles:
+        yield f"{where}: for {replica.role}, the node does {' and '.join(node.roles) or 'nothing'}"
+    if tp < 2:
+        return
+    if node.fabric is None:
+        yield f"{where}: on {tp} devices, and no way between them is known"
+    if node.tp_degrees is not None and tp not in node.tp_degrees:
+        offered = ", ".join(map(str, node.tp_degrees))
+        yield f"{where}: on {tp} devices, the node offers groups of {offered}"
+    if not spec.splits_into(tp):
+        yield f"{where}: on {tp} devices, the model's {spec.n_heads} heads do not split so"
 
 
 def _link_violations(replica: Replica, cluster: Cluster) -> Iterator[str]:
@@ -98,17 +124,3 @@ def _link_violations(replica: Replica, cluster: Cluster) -> Iterator[str]:
     for src, dst in (*pairwise(nodes), (nodes[-1], nodes[0])):
         if src != dst and (src, dst) not in links:
             yield f"{replica.id}: no measured link from {src} to {dst}"
-
-
-def _flow_violations(plan: Plan) -> Iterator[str]:
-    roles = {replica.id: replica.role for replica in plan.replicas}
-    if len(roles) != len(plan.replicas):
-        yield "two replicas have the same id"
-    for flow in plan.flows:
-        if roles.get(flow.src) not in ("mixed", "prefill") or roles.get(flow.dst) not in ("mixed", "decode"):
-            yield f"flow from {flow.src} to {flow.dst}: no such prefill and decode replicas"
-        if not 0.0 <= flow.share <= 1.0:
-            yield f"flow from {flow.src} to {flow.dst} has share {flow.share}"
-    total = sum(flow.share for flow in plan.flows)
-    if plan.flows and abs(total - 1.0) > 1e-6:
-        yield f"the flows' shares sum to {total}"

@@ -1,10 +1,19 @@
-"""Which replica gets a request: the least loaded among those that are whole and have a place in their queue.
+"""Where a request goes: the plan's flows by turns, corrected by what is known of the replicas' work.
 
-What is known of a replica's work is its driver's last word and what this gateway itself has sent there since. One
-whose KV pool has room for the request now comes before one where it would wait for room. Among those a load is the
-replica's requests, this one included, by its rate. Loads within NEAR of the least are equal, being below what
-figures tell apart: a replica that the asking node drives itself wins then, else chance, so that gateways that know
-nothing of each other's newest requests do not all choose the same.
+A flow is a pair of replicas, one that computes the prompt and one that decodes; for a mixed replica on its own they
+are the same. Only pairs that are whole and have a place in their queue come into question. What is known of a
+replica's work is its driver's last word and what this gateway itself has sent there since.
+
+- Pairs whose KV pools have room for the request now come before those where it would wait for room.
+- A replica is overloaded if it has more than SHED times the requests that would make it as full as the least full
+  one, by what the plan means each to hold at once; where requests wait, by what it really gives, too.
+- An idle replica that the asking node drives itself is taken at once: it costs no hop, and nobody waits for it.
+- Else the turn decides (`turns`), so that over time the plan's shares come about.
+
+Plans without flows are of mixed replicas alone; there the least loaded one is taken: its requests, this one
+included, by its rate. Loads within NEAR of the least are equal, being below what figures tell apart: a replica that
+the asking node drives itself wins then, else chance, so that gateways that know nothing of each other's newest
+requests do not all choose the same.
 """
 
 from __future__ import annotations
@@ -14,11 +23,16 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from hexmesh.plan import Plan, Replica
+from hexmesh.serving.turns import Turns
 from hexmesh.wire.data import ReplicaStats
 
 NEAR = 1.1
+SHED = 2.0
+"""Loads that differ by less are what chance and words that are a second old make of equal ones."""
 STALE_S = 5.0
 """A driver's word is told once a second; one this old says nothing of its queue any more."""
+_LEAST_TOKENS_PER_S = 1e-9
+"""For a replica that no flow went through when it was planned."""
 MIN_RETRY_S, MAX_RETRY_S = 1.0, 60.0
 
 
@@ -85,6 +99,107 @@ def whole_replicas(plan: Plan, lost_nodes: Set[str]) -> list[Replica]:
     return [replica for replica in plan.replicas if not broken_stages(replica, lost_nodes)]
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Where a request's prompt is computed, and where its tokens are drawn."""
+
+    entry: Replica
+    decode: Replica
+
+    @property
+    def replicas(self) -> tuple[Replica, ...]:
+        return (self.entry,) if self.entry is self.decode else (self.entry, self.decode)
+
+
+def choose_pair(
+    plan: Plan,
+    *,
+    turns: Turns,
+    loads: Mapping[str, ReplicaLoad],
+    n_tokens: int,
+    lost_nodes: Set[str],
+    avoid: Set[str],
+    here: str,
+    rng: random.Random,
+    may_wait: bool = False,
+) -> Pair | None:
+    """The replicas to send a request of so many tokens to from node `here`.
+
+    None when every pair lacks a stage; or is full, unless the request `may_wait` for a place. One to `avoid` is
+    taken if there is no other. Where no flow is whole, a mixed replica serves alone.
+    """
+    pairs = _whole_pairs(plan, lost_nodes)
+    if not pairs:
+        alone = choose_replica(
+            plan,
+            loads=loads,
+            n_tokens=n_tokens,
+            lost_nodes=lost_nodes,
+            avoid=avoid,
+            here=here,
+            rng=rng,
+            may_wait=may_wait,
+        )
+        return None if alone is None else Pair(alone, alone)
+    wanted = {at: pair for at, pair in pairs.items() if not any(one.id in avoid for one in pair.replicas)}
+    taking = _pairs_with_place(wanted, loads) or _pairs_with_place(pairs, loads)
+    if not taking and may_wait:
+        taking = wanted or pairs
+    if not taking:
+        return None
+    roomy = {at: pair for at, pair in taking.items() if _pair_has_room(pair, loads, n_tokens)} or taking
+    calm = _calm(roomy, loads)
+    for pair in calm.values():
+        if pair.entry.driver == here and not any(_load(loads, one.id).n_requests for one in pair.replicas):
+            return pair
+    return pairs[turns.take(plan.flows, list(calm))]
+
+
+def _whole_pairs(plan: Plan, lost_nodes: Set[str]) -> dict[int, Pair]:
+    """By place in the plan's flows: those that something goes through and that have all their nodes."""
+    whole = {replica.id: replica for replica in whole_replicas(plan, lost_nodes)}
+    return {
+        at: Pair(whole[flow.src], whole[flow.dst])
+        for at, flow in enumerate(plan.flows)
+        if flow.share > 0 and flow.src in whole and flow.dst in whole
+    }
+
+
+def _pairs_with_place(pairs: Mapping[int, Pair], loads: Mapping[str, ReplicaLoad]) -> dict[int, Pair]:
+    return {
+        at: pair
+        for at, pair in pairs.items()
+        if not any(_load(loads, replica.id).is_full for replica in pair.replicas)
+    }
+
+
+def _pair_has_room(pair: Pair, loads: Mapping[str, ReplicaLoad], n_tokens: int) -> bool:
+    return all(_has_kv_room(_load(loads, replica.id), n_tokens) for replica in pair.replicas)
+
+
+def _calm(pairs: Mapping[int, Pair], loads: Mapping[str, ReplicaLoad]) -> dict[int, Pair]:
+    """Pairs without an overloaded replica; where every pair has one, those whose worst is least so."""
+    entries = _excess({pair.entry.id: pair.entry for pair in pairs.values()}, loads)
+    decodes = _excess({pair.decode.id: pair.decode for pair in pairs.values()}, loads)
+    worst = {at: max(entries[pair.entry.id], decodes[pair.decode.id]) for at, pair in pairs.items()}
+    most = max(SHED, min(worst.values()))
+    return {at: pair for at, pair in pairs.items() if worst[at] <= most}
+
+
+def _excess(replicas: Mapping[str, Replica], loads: Mapping[str, ReplicaLoad]) -> dict[str, float]:
+    """The requests of each, by as many as would make it as full as the least full one with another request."""
+    there = {name: _weight(one, _load(loads, name)) for name, one in replicas.items()}
+    least = min((n + 1) / replicas[name].predicted_batch for name, n in there.items())
+    return {name: n / max(1.0, least * replicas[name].predicted_batch) for name, n in there.items()}
+
+
+def _weight(replica: Replica, load: ReplicaLoad) -> float:
+    """Its requests; where some wait, those of a replica that is slower than planned count for more."""
+    if load.n_waiting and load.tokens_per_s and replica.predicted_tokens_per_s:
+        return load.n_requests * replica.predicted_tokens_per_s / load.tokens_per_s
+    return load.n_requests
+
+
 def choose_replica(
     plan: Plan,
     *,
@@ -96,18 +211,18 @@ def choose_replica(
     rng: random.Random,
     may_wait: bool = False,
 ) -> Replica | None:
-    """The replica to send a request of so many tokens to from node `here`.
+    """The mixed replica to send a request of so many tokens to from node `here`, where no flows say so.
 
     None when every replica lacks a stage; or is full, unless the request `may_wait` for a place. One to `avoid` is
     taken if there is no other.
     """
-    whole = whole_replicas(plan, lost_nodes)
+    whole = [replica for replica in whole_replicas(plan, lost_nodes) if replica.role == "mixed"]
     wanted = [replica for replica in whole if replica.id not in avoid]
     taking = _with_place(wanted, loads) or _with_place(whole, loads) or (wanted or whole if may_wait else [])
     if not taking:
         return None
-    candidates = [one for one in taking if _has_kv_room(_load(loads, one), n_tokens)] or taking
-    delays = {replica.id: _delay(replica, _load(loads, replica)) for replica in candidates}
+    candidates = [one for one in taking if _has_kv_room(_load(loads, one.id), n_tokens)] or taking
+    delays = {replica.id: _delay(replica, _load(loads, replica.id)) for replica in candidates}
     least = min(delays.values())
     near = [replica for replica in candidates if delays[replica.id] <= NEAR * least]
     local = [replica for replica in near if replica.driver == here]
@@ -127,12 +242,12 @@ def _time_of_one_s(load: ReplicaLoad) -> float:
     return load.tokens_left / max(1, load.n_requests) / load.tokens_per_s
 
 
-def _load(loads: Mapping[str, ReplicaLoad], replica: Replica) -> ReplicaLoad:
-    return loads.get(replica.id, NOTHING_KNOWN)
+def _load(loads: Mapping[str, ReplicaLoad], replica: str) -> ReplicaLoad:
+    return loads.get(replica, NOTHING_KNOWN)
 
 
 def _with_place(replicas: list[Replica], loads: Mapping[str, ReplicaLoad]) -> list[Replica]:
-    return [replica for replica in replicas if not _load(loads, replica).is_full]
+    return [replica for replica in replicas if not _load(loads, replica.id).is_full]
 
 
 def _has_kv_room(load: ReplicaLoad, n_tokens: int) -> bool:
@@ -142,4 +257,5 @@ def _has_kv_room(load: ReplicaLoad, n_tokens: int) -> bool:
 def _delay(replica: Replica, load: ReplicaLoad) -> float:
     """Requests by rate: as planned, or as measured where all of the replica is in use."""
     is_busy = bool(load.n_waiting and load.tokens_per_s)
-    return (load.n_requests + 1) / (load.tokens_per_s if is_busy else replica.predicted_tokens_per_s)
+    rate = load.tokens_per_s if is_busy else replica.predicted_tokens_per_s
+    return (load.n_requests + 1) / max(rate, _LEAST_TOKENS_PER_S)

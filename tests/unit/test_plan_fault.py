@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from hexmesh.plan import Plan, decode_plan, encode_plan, plan_fault
+from hexmesh.plan import Flow, Plan, decode_plan, encode_plan, plan_fault
 from tests.unit.daemon.fake_mesh import even_plan
 
 GOOD = even_plan(["ab"], 8, "ab")
@@ -56,6 +56,9 @@ def test_what_is_no_plan_is_a_msgspec_error(data: bytes) -> None:
         with_replica(stages=()),
         msgspec.structs.replace(with_replica(stages=()), n_layers=0),
         with_replica(block_tokens=0),
+        with_replica(predicted_batch=0),
+        msgspec.structs.replace(GOOD, flows=(Flow(src="r0", dst="r0", share=-1.0),)),
+        msgspec.structs.replace(GOOD, flows=(Flow(src="r0", dst="r0", share=float("nan")),)),
         with_stage(0, start=1),
         with_stage(0, stop=5),
         with_stage(1, stop=4),

@@ -34,7 +34,8 @@ from hexmesh.membership.outputs import Accepted, Admission, Refused
 from hexmesh.plan import Plan, Replica, Stage, encode_plan
 from hexmesh.serving.batcher import BatchLimits
 from hexmesh.serving.carry_over import carried_over
-from hexmesh.serving.router import choose_replica, load_of
+from hexmesh.serving.router import choose_pair, load_of
+from hexmesh.serving.turns import Turns
 from hexmesh.wire.control import Ballot, Cert, Epoch
 from hexmesh.wire.data import (
     Generate,
@@ -193,6 +194,7 @@ class FakeNode:
     """What becomes of each message that this node sends."""
 
     def __post_init__(self) -> None:
+        self.turns = Turns(self.mesh.rng)
         self.gateway = Gateway(
             courier=self,
             router=lambda: self,
@@ -244,8 +246,9 @@ class FakeNode:
             return None
         gone = {node.id for node in self.mesh.nodes.values() if node.is_cut}
         sent = sent_by(self.gateway, held.epoch, {})
-        replica = choose_replica(
+        pair = choose_pair(
             held.plan,
+            turns=self.turns,
             loads={name: load_of(None, 0.0, BLOCK_TOKENS, one) for name, one in sent.items()},
             n_tokens=n_tokens,
             may_wait=may_wait,
@@ -254,8 +257,9 @@ class FakeNode:
             here=self.id,
             rng=self.mesh.rng,
         )
-        if replica is None:
+        if pair is None:
             return None
+        replica = pair.entry
         nodes = frozenset(stage.node for stage in replica.stages)
         return Route(held.epoch, replica.id, replica.driver, nodes)
 
