@@ -3,8 +3,10 @@
     add host=NAME type=TYPE [count=N] [site=S] [nic=RATE] [price=P]     a host, or more devices of one that is there
     remove NAME [devices=N]                                             a host, or so many of its devices
     link A B rate=RATE [rtt=TIME]                                       between two hosts or two sites, both ways
-    nic | fabric | memory | bandwidth | flops | price NAME=VALUE        of hosts, or of all devices of a type
-    rate N                                                              requests per second of the workload
+    link A A rate=RATE [rtt=TIME]                                       between hosts of site A
+    nic | fabric | launch | price NAME=VALUE                            of hosts, as in cluster files
+    memory | bandwidth | flops NAME=VALUE                               of devices
+    rate N | ttft TIME | tpot TIME                                      what the workload asks for
 
 NAME is a host, a host table of several, or "all"; memory, bandwidth and flops take a device type, too. Values are
 written as in cluster files, or as a multiple of what is there: "nic all=x2".
@@ -24,7 +26,7 @@ from hexmesh.catalogue import device_named
 from hexmesh.cluster import Cluster, Node
 from hexmesh.errors import InvalidInput
 from hexmesh.fleet.expand import cluster_of
-from hexmesh.fleet.file import Fleet, FleetDevice, FleetHost, Line, read_fleet
+from hexmesh.fleet.file import Fleet, FleetDevice, FleetHost, FleetSite, Line, read_fleet
 from hexmesh.fleet.write import write_fleet
 from hexmesh.plan import DtypeName
 from hexmesh.toml_text import Bytes, BytesPerS, FlopsPerS, Seconds
@@ -135,6 +137,8 @@ def _link(scenario: Scenario, words: Sequence[str]) -> Scenario:
         raise InvalidInput("a link has two ends", next_step="write such as `link A B rate=10Gbit/s rtt=2ms`")
     a, b = words[:2]
     given = _settings(words[2:], {"rate", "rtt"})
+    if a == b:
+        return _site(scenario, a, given)
     fleet, is_wan = scenario.fleet, {a, b} <= set(scenario.fleet.site_names())
     if not is_wan:
         for end in (a, b):
@@ -152,6 +156,21 @@ def _link(scenario: Scenario, words: Sequence[str]) -> Scenario:
     table = "wan" if is_wan else "pair"
     others = [one for one in getattr(fleet, table) if set(one.between) != {a, b}]
     return replace(scenario, fleet=with_fields(fleet, **{table: (*others, line)}))
+
+
+def _site(scenario: Scenario, name: str, given: Mapping[str, str]) -> Scenario:
+    fleet = scenario.fleet
+    if name not in fleet.site_names():
+        raise InvalidInput(f"no host is in site {name!r}", next_step=_one_of(fleet.site_names()))
+    old = next((site for site in fleet.site if site.name == name), FleetSite(name=name))
+    rtt_s = float(fleet.defaults.site_rtt if old.rtt is None else old.rtt)
+    new = FleetSite(
+        name=name,
+        rtt=Seconds(_value(given["rtt"], parse_duration_s, rtt_s)) if "rtt" in given else old.rtt,
+        rate=BytesPerS(_value(given["rate"], parse_rate, old.rate or 0.0)) if "rate" in given else old.rate,
+    )
+    others = [site for site in fleet.site if site.name != name]
+    return replace(scenario, fleet=with_fields(fleet, site=(*others, new)))
 
 
 def _way(scenario: Scenario, a: str, b: str, *, is_wan: bool) -> tuple[float, Seconds] | None:
@@ -178,6 +197,13 @@ def _fabric(scenario: Scenario, words: Sequence[str]) -> Scenario:
     def change(host: FleetHost, node: Node, text: str) -> FleetHost:
         present = 0.0 if node.fabric is None else node.fabric.bytes_per_s
         return with_fields(host, fabric_rate=BytesPerS(_value(text, parse_rate, present)))
+
+    return _of_hosts(scenario, words, change)
+
+
+def _launch(scenario: Scenario, words: Sequence[str]) -> Scenario:
+    def change(host: FleetHost, node: Node, text: str) -> FleetHost:
+        return with_fields(host, launch=Seconds(_value(text, parse_duration_s, node.launch_s or 0.0)))
 
     return _of_hosts(scenario, words, change)
 
@@ -230,17 +256,35 @@ def _rate(scenario: Scenario, words: Sequence[str]) -> Scenario:
     return replace(scenario, workload=with_fields(scenario.workload, arrivals=arrivals))
 
 
+def _limit(key: str) -> Callable[[Scenario, Sequence[str]], Scenario]:
+    def change(scenario: Scenario, words: Sequence[str]) -> Scenario:
+        slo = scenario.workload.slo
+        present = getattr(slo, key)
+        if len(words) != 1 or (present is None and _TIMES.fullmatch(words[0])):
+            raise InvalidInput("it takes one duration", next_step="write such as 200ms")
+        limit_s = _value(words[0], parse_duration_s, present or 0.0)
+        if limit_s <= 0:
+            raise InvalidInput("a limit of no time", next_step="write such as 200ms")
+        slo = with_fields(slo, **{key: limit_s})
+        return replace(scenario, workload=with_fields(scenario.workload, slo=slo))
+
+    return change
+
+
 _VERBS: Mapping[str, Callable[[Scenario, Sequence[str]], Scenario]] = {
     "add": _add,
     "remove": _remove,
     "link": _link,
     "nic": _nic,
     "fabric": _fabric,
+    "launch": _launch,
     "memory": _memory,
     "bandwidth": _bandwidth,
     "flops": _flops,
     "price": _price,
     "rate": _rate,
+    "ttft": _limit("ttft_s"),
+    "tpot": _limit("tpot_s"),
 }
 
 

@@ -103,6 +103,14 @@ def test_price_fabric_and_rate(scenario: Scenario) -> None:
     assert after.workload.lengths == scenario.workload.lengths
 
 
+def test_delays_and_limits(scenario: Scenario) -> None:
+    before = scenario.cluster.link_table()["a100-0", "a100-1"]
+    after = what_if(scenario, ["link here here rtt=x0.5", "launch t4=9us", "ttft 2s", "tpot 80ms", "ttft x2"])
+    assert after.cluster.link_table()["a100-0", "a100-1"].rtt_p50_s == before.rtt_p50_s / 2
+    assert after.cluster.node("t4").launch_s == 9e-6
+    assert (after.workload.slo.ttft_s, after.workload.slo.tpot_s) == (4.0, 0.08)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -120,6 +128,8 @@ def test_price_fabric_and_rate(scenario: Scenario) -> None:
         ("link a100-0 t4 rate=0Gbit/s", "a line of no rate"),
         ("memory H100=x2", "no host or device type is called 'H100'"),
         ("rate 0", "is no rate"),
+        ("tpot x2", "it takes one duration"),
+        ("link away away rtt=1ms", "no host is in site 'away'"),
         ("price t4=-1", "'-1' is no number"),
     ],
 )
