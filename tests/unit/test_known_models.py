@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,68 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hexmesh.errors import InvalidInput
 from hexmesh.model_spec import model_spec_from_config
+from hexmesh.model_spec.known import KNOWN, known_config, unknown_model
 
 GiB, KiB = 2**30, 2**10
 
 
-def _config(model_type: str, hidden: int, mlp: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
-    return {
-        "model_type": model_type,
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        **more,
-    }
-
-
-KNOWN: dict[str, dict[str, Any]] = {
-    "Llama-2-70B": _config("llama", 8192, 28672, 80, 64, num_key_value_heads=8, vocab_size=32000),
-    "Llama-3-70B": _config("llama", 8192, 28672, 80, 64, num_key_value_heads=8, vocab_size=128256),
-    "OPT-30B": {
-        "model_type": "opt",
-        "hidden_size": 7168,
-        "ffn_dim": 28672,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 56,
-        "vocab_size": 50272,
-        "word_embed_proj_dim": 7168,
-    },
-    "Mixtral-8x7B": _config("mixtral", 4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=32000),
-    "DeepSeek-V2-Lite": _config(
-        "deepseek_v2",
-        2048,
-        10944,
-        27,
-        16,
-        num_key_value_heads=16,
-        q_lora_rank=None,
-        first_k_dense_replace=1,
-        moe_intermediate_size=1408,
-        num_experts_per_tok=6,
-        vocab_size=102400,
-    ),
-    "Qwen3-30B-A3B": _config(
-        "qwen3_moe", 2048, 6144, 48, 32, num_key_value_heads=4, head_dim=128, vocab_size=151936
-    ),
-    "Gemma-2-27B": _config("gemma2", 4608, 36864, 46, 32, num_key_value_heads=16, head_dim=128),
-    "Gemma-3-27B": _config(
-        "gemma3_text",
-        5376,
-        21504,
-        62,
-        32,
-        num_key_value_heads=16,
-        head_dim=128,
-        sliding_window=1024,
-        vocab_size=262208,
-    ),
-    "gpt-oss-20b": _config("gpt_oss", 2880, 2880, 24, 64, num_key_value_heads=8, num_local_experts=32),
-    "gpt-oss-120b": _config("gpt_oss", 2880, 2880, 36, 64, num_key_value_heads=8, num_local_experts=128),
-}
-
-
-def _build(config: dict[str, Any]) -> torch.nn.Module:
+def _build(config: Mapping[str, Any]) -> torch.nn.Module:
     own = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):
         model: torch.nn.Module = AutoModelForCausalLM.from_config(
@@ -89,7 +34,10 @@ def test_counts_equal_transformers(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "n_params"),
     [
+        ("Llama-2-7B", 6_738_415_616),
+        ("Llama-2-13B", 13_015_864_320),
         ("Llama-2-70B", 68_976_648_192),
+        ("Llama-3-8B", 8_030_261_248),
         ("Llama-3-70B", 70_553_706_496),
         ("Mixtral-8x7B", 46_702_792_704),
         ("DeepSeek-V2-Lite", 15_706_484_224),
@@ -132,7 +80,7 @@ def test_active_parameters_are_about_what_their_makers_say(name: str, active: fl
     assert used + spec.embedding_params == pytest.approx(active, rel=0.19)
 
 
-def _windows_of_modules(config: dict[str, Any]) -> list[int | None]:
+def _windows_of_modules(config: Mapping[str, Any]) -> list[int | None]:
     """What the attention modules of every layer were built with."""
     model = _build(config)
     modules = [layer.self_attn for layer in model.model.layers]
@@ -225,3 +173,10 @@ def test_the_language_part_of_a_model_that_sees_is_counted() -> None:
 def test_layer_types_too_short_are_refused() -> None:
     with pytest.raises(InvalidInput, match="layer_types"):
         model_spec_from_config({"model_type": "gemma2", "layer_types": ["full_attention"]})
+
+
+def test_known_models_are_found_whatever_the_case() -> None:
+    assert known_config("llama-2-70b") == KNOWN["Llama-2-70B"]
+    assert known_config("llama") is None
+    assert "write Llama-3-70B" in unknown_model("llama-3-70").one_line()
+    assert "Mixtral-8x7B" in unknown_model("xyz").one_line()
