@@ -20,13 +20,19 @@ def finish(
     hosts: Mapping[str, int],
     reason: str = "",
 ) -> Plan:
-    """The plan that `judged` stands for. Devices are taken in the order of their indices."""
+    """The plan that `judged` stands for. Replicas that no request goes through are left out.
+
+    Devices are taken in the order of their indices.
+    """
     free = [list(pool.devices) for pool in problem.pools]
+    flow = judged.flow
+    used = {name for pair in flow.flows for name in pair}
+    names = {name: f"r{n}" for n, name in enumerate(sorted(used, key=lambda name: int(name[1:])))}
     replicas = tuple(
-        _replica(problem, f"r{at}", layout, free, judged.flow.decode[f"r{at}"])
+        _replica(problem, names[f"r{at}"], layout, free, flow.decode[f"r{at}"])
         for at, layout in enumerate(judged.draft)
+        if f"r{at}" in names
     )
-    total = judged.flow.requests_per_s
     return Plan(
         model_id=model_id,
         model_name=model_name,
@@ -35,7 +41,7 @@ def finish(
         max_model_tokens=max_model_tokens,
         hosts=dict(hosts),
         replicas=replicas,
-        flows=_flows(judged, total),
+        flows=_flows(judged, names),
         unused=tuple(_unused(problem, free)),
         reason=reason,
     )
@@ -55,8 +61,19 @@ def _replica(
         stages=tuple(stages),
         block_tokens=problem.block_tokens,
         predicted_tokens_per_s=requests_per_s * problem.workload.output_tokens,
-        predicted_batch=max(1, int(layout.batch * layout.micro_batches)),
+        predicted_batch=_sequences(problem, layout, requests_per_s),
     )
+
+
+def _sequences(problem: Problem, layout: Layout, requests_per_s: float) -> int:
+    """How many decode together at that rate."""
+    if layout.role == "prefill":
+        return 1
+    most = layout.batch * layout.micro_batches
+    tpot_s = problem.capacities.tpot_at(
+        problem.pipeline(layout.parts), requests_per_s, computes_prompts=layout.role == "mixed"
+    )
+    return max(1, int(min(most, requests_per_s * problem.workload.output_tokens * tpot_s)))
 
 
 def _stage(problem: Problem, part: Part, devices: tuple[int, ...], layout: Layout) -> Stage:
@@ -74,9 +91,12 @@ def _stage(problem: Problem, part: Part, devices: tuple[int, ...], layout: Layou
     )
 
 
-def _flows(judged: Judged, total: float) -> tuple[Flow, ...]:
+def _flows(judged: Judged, names: Mapping[str, str]) -> tuple[Flow, ...]:
     """Shares that sum to one; a replica that serves its own prompts flows into itself."""
-    flows = [Flow(src=p, dst=d, share=rate / total) for (p, d), rate in judged.flow.flows.items()]
+    total = sum(judged.flow.flows.values())
+    flows = [
+        Flow(src=names[p], dst=names[d], share=rate / total) for (p, d), rate in judged.flow.flows.items()
+    ]
     return tuple(sorted(flows, key=lambda flow: (flow.src, flow.dst)))
 
 
