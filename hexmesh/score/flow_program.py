@@ -80,6 +80,7 @@ def solve(
     program = Program()
     flows = add_flows(program, replicas, places, network, layer_bytes)
     solution = program.solve()
+    assert solution is not None
     values = solution.values
     shares = {limit: price for limit, price in solution.limits.items() if isinstance(limit, Limit)}
     caps = solution.caps
@@ -104,12 +105,13 @@ def add_flows(
     network: Network,
     layer_bytes: float,
     gates: Sequence[int] | None = None,
+    worth: float = 1.0,
 ) -> Flows:
     """Rows and variables of the replicas' flows; with gates, each replica is there as often as its gate says.
 
     What a network's `gates` say of a node is there as often, too.
     """
-    prefill, decode = _replicas(program, replicas, places, gates)
+    prefill, decode = _replicas(program, replicas, places, gates, worth)
     sources = list(dict.fromkeys(places[at] for at in prefill))
     targets = list(dict.fromkeys(places[at] for at in decode))
     return Flows(
@@ -127,13 +129,14 @@ def _replicas(
     replicas: Sequence[ReplicaRates],
     places: Sequence[Place],
     gates: Sequence[int] | None,
+    worth: float,
 ) -> tuple[dict[int, int], dict[int, int]]:
     """Variables of the replicas' prompts and outputs, within their own limits."""
     prefill, decode = dict[int, int](), dict[int, int]()
     for at, replica in enumerate(replicas):
         gate = None if gates is None else gates[at]
         if replica.role != "decode":
-            prefill[at] = x = _rate(program, Limit("prefill", replica.name), replica.prefill, gate, 1.0)
+            prefill[at] = x = _rate(program, Limit("prefill", replica.name), replica.prefill, gate, worth)
             program.balance(("from", places[at]), x, 1.0)
         if replica.role != "prefill":
             decode[at] = y = _rate(program, Limit("decode", replica.name), replica.decode, gate, 0.0)

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix, vstack
 
+_INFEASIBLE = 2
+"""What linprog calls it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Solution:
@@ -38,6 +41,7 @@ class Program:
     balances: dict[Hashable, int] = field(default_factory=dict)
     """Rows that come to 0."""
     _gates: dict[int, int] = field(default_factory=dict)
+    _demands: set[int] = field(default_factory=set)
     _uses: list[tuple[int, int, float]] = field(default_factory=list)
     _terms: list[tuple[int, int, float]] = field(default_factory=list)
 
@@ -61,12 +65,18 @@ class Program:
                 self._gates[row] = gate
                 self._uses.append((row, gate, -1.0))
 
+    def demand(self, key: Hashable, at: int, share: float) -> None:
+        """The variable's unit gives that share of what must be there."""
+        row = self.limits.setdefault(key, len(self.limits))
+        self._demands.add(row)
+        self._uses.append((row, at, -share))
+
     def balance(self, key: Hashable, at: int, sign: float) -> None:
         """The variable's term in a row that comes to 0."""
         self._terms.append((self.balances.setdefault(key, len(self.balances)), at, sign))
 
-    def solve(self) -> Solution:
-        """As a linear program, whatever should be an integer."""
+    def solve(self) -> Solution | None:
+        """As a linear program, whatever should be an integer; None if the demands cannot be met."""
         most = np.array(self.most)
         found = linprog(
             -np.array(self.worth),
@@ -77,6 +87,8 @@ class Program:
             bounds=np.column_stack([np.zeros(len(most)), most]),
             method="highs",
         )
+        if found.status == _INFEASIBLE:
+            return None
         assert found.success, found.message
         capped = np.nonzero(found.upper.marginals)[0]
         return Solution(
@@ -108,6 +120,7 @@ class Program:
     def _room(self) -> NDArray[np.float64]:
         room = np.ones(len(self.limits))
         room[list(self._gates)] = 0.0
+        room[list(self._demands)] = -1.0
         return room
 
     @property

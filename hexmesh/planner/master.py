@@ -1,0 +1,230 @@
+"""The integer program over candidate layouts: how often each is there, and what flows between them.
+
+A *bundle* is some layouts that come together. It takes resources (devices of a pool, hosts of a class, a team's turn),
+of which there are so many. Flows, NICs and lines are those of the score (`hexmesh.score.flow_program`), each row opened
+by its bundle's count: x <= P n, a mixed replica's parts <= n, and for a bundle that has its hosts for itself, NIC <= n.
+
+After column generation (Gilmore, Gomory): the linear program's prices say what a bundle that is not listed must bring.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from hexmesh.cluster import Nic
+from hexmesh.planner.layouts import Layout
+from hexmesh.planner.objective import LeastCost
+from hexmesh.planner.pools import Part
+from hexmesh.planner.problem import Problem
+from hexmesh.score import ReplicaRates
+from hexmesh.score.flow_program import Flows, add_flows
+from hexmesh.score.network import Network, Way
+from hexmesh.score.places import Place, spans_of
+from hexmesh.score.plan_score import kv_layer_bytes
+from hexmesh.score.program import Program
+
+GAP = 1e-3
+MAX_NODES = 2000
+"""Of the branch and bound: what ends it, so that the same program has the same answer."""
+LIMIT_S = 60.0
+"""What ends it at the latest."""
+_TINY = 1e-7
+"""What a bundle takes from the worth, so that none is there for nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """Layouts that come together, on the pools of the hosts that they name."""
+
+    layouts: tuple[Layout, ...]
+    takes: tuple[tuple[Hashable, int], ...]
+    """(resource, how much)."""
+    has_own_hosts: bool = False
+    """Its hosts stand for any of their classes, and nobody else is on them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prices:
+    """What the linear program would pay."""
+
+    worth: float
+    resources: Mapping[Hashable, float]
+    """For one more of each."""
+    prompts: Mapping[str, float]
+    outputs: Mapping[str, float]
+    """For a request more a second at a site."""
+    counts: tuple[float, ...]
+    """Of the bundles."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """Layers on a node that stands for others."""
+
+    node: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Copies(Network):
+    """Nodes that stand for several: each is there as often as its gate says, all in one hub."""
+
+    real: Mapping[str, str]
+    """Node by copy."""
+    counts: Mapping[str, int]
+    """Gate by copy, of those that have one."""
+    original: Network
+
+    @cached_property
+    def sites(self) -> dict[str, str]:
+        return {copy: self.original.sites[node] for copy, node in self.real.items()}
+
+    @cached_property
+    def nics(self) -> dict[str, Nic]:
+        nics = self.original.nics
+        return {copy: nics[node] for copy, node in self.real.items() if node in nics}
+
+    @cached_property
+    def lines(self) -> dict[tuple[str, str], float]:
+        return self.original.lines
+
+    @cached_property
+    def hub(self) -> frozenset[str]:
+        return frozenset(self.real)
+
+    @cached_property
+    def connected_sites(self) -> frozenset[tuple[str, str]]:
+        return self.original.connected_sites
+
+    @property
+    def gates(self) -> Mapping[str, int]:
+        return self.counts
+
+    def has_link(self, way: Way) -> bool:
+        return (self.real[way[0]], self.real[way[1]]) in self.original.links
+
+    def own_limit(self, way: Way) -> float:
+        return math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hire:
+    """A host that is paid for if any of its resources is taken."""
+
+    node: str
+    price_per_h: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Master:
+    """Bundles to choose from, and what there is of each resource."""
+
+    problem: Problem
+    bundles: Sequence[Bundle]
+    resources: Mapping[Hashable, int]
+    hires: Mapping[Hashable, Hire] = field(default_factory=dict)
+    """Resources that are a host's; looked at for the least cost alone."""
+
+    def prices(self) -> Prices | None:
+        """What the linear program would pay; None if the rate that is asked for is out of reach."""
+        program, gates, _ = self._program
+        solution = program.solve()
+        if solution is None:
+            return None
+        target, sites = self._target, {pool.node.site for pool in self.problem.pools}
+        prompt = 1.0 if target is None else solution.limits.get("demand", 0.0) / target
+        return Prices(
+            worth=solution.worth,
+            resources={
+                key: solution.limits.get(("there", key), 0.0) / n for key, n in self.resources.items()
+            },
+            prompts={site: prompt + solution.balances.get(("leaves", site), 0.0) for site in sites},
+            outputs={site: solution.balances.get(("enters", site), 0.0) for site in sites},
+            counts=tuple(float(solution.values[gate]) for gate in gates),
+        )
+
+    def chosen(
+        self, *, gap: float = GAP, max_nodes: int = MAX_NODES, limit_s: float = LIMIT_S
+    ) -> tuple[int, ...] | None:
+        """How often each bundle is there; None if nothing was found."""
+        program, gates, _ = self._program
+        values = program.solve_integers(gap=gap, max_nodes=max_nodes, limit_s=limit_s)
+        return None if values is None else tuple(round(float(values[gate])) for gate in gates)
+
+    @property
+    def _target(self) -> float | None:
+        objective = self.problem.objective
+        return objective.requests_per_s if isinstance(objective, LeastCost) else None
+
+    @cached_property
+    def _program(self) -> tuple[Program, Sequence[int], Flows]:
+        """The program, the bundles' counts in it, and its flows."""
+        program = Program()
+        gates = [program.variable(-_TINY, is_integer=True) for _ in self.bundles]
+        hired = dict[str, int]()
+        for bundle, gate in zip(self.bundles, gates, strict=True):
+            for key, amount in bundle.takes:
+                host = None if self._target is None else self._hired(program, key, hired)
+                program.use(("there", key), gate, amount, self.resources[key], host)
+        flows = self._flows(program, gates)
+        return program, gates, flows
+
+    def _hired(self, program: Program, key: Hashable, hired: dict[str, int]) -> int | None:
+        hire = self.hires.get(key)
+        if hire is None:
+            return None
+        if hire.node not in hired:
+            hired[hire.node] = program.variable(-hire.price_per_h, 1.0, is_integer=True)
+        return hired[hire.node]
+
+    def _flows(self, program: Program, gates: Sequence[int]) -> Flows:
+        replicas, opened, real, counts = list[ReplicaRates](), list[int](), dict[str, str](), dict[str, int]()
+        for at, (bundle, gate) in enumerate(zip(self.bundles, gates, strict=True)):
+            for number, layout in enumerate(bundle.layouts):
+                stages = self._held(layout.parts, at if bundle.has_own_hosts else None, real)
+                replicas.append(_rates(layout, f"{at}/{number}", stages))
+                opened.append(gate)
+                if bundle.has_own_hosts:
+                    counts |= {stage.node: gate for stage in stages}
+        known = dict[object, Place]()
+        spans = [spans_of(replica.stages) for replica in replicas]
+        network = _Copies(self.problem.cluster, real, counts, self.problem.network)
+        target = self._target
+        flows = add_flows(
+            program,
+            replicas,
+            [known.setdefault(one, Place(one)) for one in spans],
+            network,
+            kv_layer_bytes(self.problem.capacities),
+            opened,
+            1.0 if target is None else 0.0,
+        )
+        if target is not None:
+            for x in flows.prefill.values():
+                program.demand("demand", x, 1 / target)
+        return flows
+
+    def _held(self, parts: Sequence[Part], bundle: int | None, real: dict[str, str]) -> tuple[_Held, ...]:
+        """Layers by node, or by its copy for the bundle."""
+        held = list[_Held]()
+        for part in parts:
+            node = self.problem.pools[part.pool].node.id
+            copy = node if bundle is None else f"{node} for {bundle}"
+            real[copy] = node
+            held.append(_Held(copy, part.start, part.stop))
+        return tuple(held)
+
+
+def _rates(layout: Layout, name: str, stages: tuple[_Held, ...]) -> ReplicaRates:
+    return ReplicaRates(
+        name=name,
+        role=layout.role,
+        prefill=layout.prefill,
+        decode=layout.decode,
+        stages=stages,
+        uses=layout.uses,
+    )
