@@ -39,7 +39,7 @@ class Graph:
     memory: Matrix
     """(n_pools,) bytes of one device."""
     bandwidth: Matrix
-    """(n_pools, n_pools) bytes/s between a device of one pool and one of the other; on the diagonal, inside the pool."""
+    """(n_pools, n_pools) bytes/s between two devices, one of each pool; on the diagonal, inside the pool."""
 
 
 def graph_of(problem: Problem) -> Graph:
@@ -83,7 +83,7 @@ def _halves(graph: Graph, counts: Counts, n_groups: int) -> Iterator[Counts]:
 
 
 def _first_side(graph: Graph, counts: Counts, n_first: int, n_groups: int) -> Counts:
-    """The devices of the first `n_first` of `n_groups` groups: a cut of the Fiedler order near their share of memory."""
+    """The devices of the first `n_first` of `n_groups` groups, by a cut near their share of memory."""
     order = [pool for pool in fiedler_order(graph, counts) for _ in range(counts[pool])]
     group_bytes = float(counts @ graph.memory) / n_groups
     side, held, best = np.zeros_like(counts), 0.0, (np.inf, np.inf)

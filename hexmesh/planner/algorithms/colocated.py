@@ -1,8 +1,8 @@
 """The best partition without disaggregation: every replica computes its own prompts.
 
-What a fleet gives when KV never crosses the network: the sum of its replicas' rates. Starts are one replica a host and
-HexGen-2's partitions for several K (`spectral.py`); then teams trade, join and split while the sum grows. Rates are exact
-(`Layouts`), the search is not. HexGen's own search is `genetic`.
+What a fleet gives when KV never crosses the network: the sum of its replicas' rates. Starts are one replica a host
+and HexGen-2's partitions for several K (`spectral.py`); then teams trade, join and split while the sum grows. Rates
+are exact (`Layouts`), the search is not. HexGen's own search is `genetic`.
 """
 
 from __future__ import annotations

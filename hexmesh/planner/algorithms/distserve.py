@@ -1,8 +1,8 @@
 """DistServe's placement (OSDI 2024, arXiv 2401.09670): each phase its own TP and PP, then as many instances as balance.
 
 From the paper: a fleet is homogeneous; TP stays in a host, layers are dealt out evenly, and every (TP, PP) of either
-phase is rated. Where the network is good (its algorithm 1), instances stand anywhere. Where it is not (its algorithm 2),
-both phases have the same stages and each stage's instances of both share a host, so that KV stays inside it.
+phase is rated. Where the network is good (its algorithm 1), instances stand anywhere. Where it is not (its algorithm
+2), both phases have the same stages and each stage's instances of both share a host, so that KV stays inside it.
 
 What differs: devices of several kinds or sites are planned kind by kind, site by site, as the method knows no other
 way, and what it finds for each is put together. The paper takes the (TP, PP) of each phase by goodput per device and
@@ -130,9 +130,7 @@ def take(room: dict[int, int], tp: int, n_stages: int) -> list[int] | None:
     while len(seats) < n_stages:
         wanted = n_stages - len(seats)
         enough = [pool for pool in room if room[pool] // tp >= wanted]
-        pool = (
-            min(enough, key=lambda at: room[at]) if enough else max(room, key=lambda at: room[at] // tp)
-        )
+        pool = min(enough, key=lambda at: room[at]) if enough else max(room, key=lambda at: room[at] // tp)
         n_here = min(wanted, room[pool] // tp)
         room[pool] -= n_here * tp
         seats += [pool] * n_here

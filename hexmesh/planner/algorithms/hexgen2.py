@@ -3,19 +3,20 @@
 From the paper:
 1. Vertices are devices weighed by memory, edges are weighed by bandwidth. K groups, K = memory / a replica's memory:
    spectral partition, then Kernighan-Lin swaps under the memory that a replica needs (`spectral.py`).
-2. Groups become vertices; a second partition, into prefill and decode, *maximises* the bandwidth cut, as KV crosses it.
+2. Groups become vertices; a second partition, into prefill and decode, *maximises* the bandwidth cut, as KV crosses
+   it.
 3. Each group takes the best of its strategies: a prefill group that of least latency, a decode group that of most
    throughput.
-4. A flow network from source to sink, a replica split into an edge of its rate, an edge from each prefill to each decode
-   replica of the rate at which KV can cross; its maximum by preflow-push.
+4. A flow network from source to sink, a replica split into an edge of its rate, an edge from each prefill to each
+   decode replica of the rate at which KV can cross; its maximum by preflow-push.
 5. Edges at capacity are bottlenecks, those below have slack: devices are swapped from where there is slack to where
    there is none, and the rest is done anew, until the flow no longer grows.
 
 What differs: strategies are exact (`Layouts`), not listed TP x PP; which side prefills is tried both ways; in step 5
-devices are also handed over one-sidedly, and a group with slack may change its type, without which the types would stay
-blind to FLOPs and workload; only swaps that gain are made in step 1. The network knows pairs, not the NICs that pairs
-share, so what it ends with is judged by the flow program. `search_widely` is ours: every K from K / 2 up, and prefill of
-most throughput.
+devices are also handed over one-sidedly, and a group with slack may change its type, without which the types would
+stay blind to FLOPs and workload; only swaps that gain are made in step 1. The network knows pairs, not the NICs that
+pairs share, so what it ends with is judged by the flow program. `search_widely` is ours: every K from K / 2 up, and
+prefill of most throughput.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Symmetric TP x PP: every replica alike in shape, whatever it runs on.
 
-What people configure by hand, and what HexGen (arXiv 2311.11514) compares its asymmetric plans to: one TP degree and one
-number of stages for the whole fleet, layers dealt out evenly, groups taken in the order of the hosts. Every pair of the
-two is tried. Without mixed replicas, those with the least decode for their prefill do prefill, as many as balance.
+What people configure by hand, and what HexGen (arXiv 2311.11514) compares its asymmetric plans to: one TP degree and
+one number of stages for the whole fleet, layers dealt out evenly, groups taken in the order of the hosts. Every pair
+of the two is tried. Without mixed replicas, those with the least decode for their prefill do prefill, as many as
+balance.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def _drafts(problem: Problem) -> Iterator[Draft]:
 def _slots(problem: Problem, tp: int) -> list[int]:
     """The pool of every group of `tp` devices, hosts of a site one after the other."""
     order = sorted(range(len(problem.pools)), key=lambda at: (problem.pools[at].node.site, at))
-    return [at for at in order if tp in problem.pools[at].degrees for _ in range(problem.pools[at].size // tp)]
+    return [
+        at for at in order if tp in problem.pools[at].degrees for _ in range(problem.pools[at].size // tp)
+    ]
 
 
 def _replicas(problem: Problem, slots: list[int], tp: int, n_stages: int) -> Iterator[Parts]:
@@ -54,16 +57,16 @@ def _replicas(problem: Problem, slots: list[int], tp: int, n_stages: int) -> Ite
 
 def _mixed(problem: Problem, replicas: list[Parts]) -> Draft:
     layouts = (
-        problem.layouts.rated(parts, "mixed")
-        for parts in replicas
-        if problem.may_be(team_of(parts), "mixed")
+        problem.layouts.rated(parts, "mixed") for parts in replicas if problem.may_be(team_of(parts), "mixed")
     )
     return tuple(layout for layout in layouts if layout is not None)
 
 
 def two_phases(problem: Problem, replicas: list[Parts]) -> Draft:
     """The same replicas as prefill and decode ones, cut where the slower phase is fastest."""
-    pairs = [(_in_phase(problem, parts, "prefill"), _in_phase(problem, parts, "decode")) for parts in replicas]
+    pairs = [
+        (_in_phase(problem, parts, "prefill"), _in_phase(problem, parts, "decode")) for parts in replicas
+    ]
     pairs.sort(key=lambda pair: _rate(pair[1]) / max(_rate(pair[0]), 1e-30))
     cuts = range(1, len(pairs))
     at = max(cuts, key=lambda cut: _slower(pairs, cut), default=0)
