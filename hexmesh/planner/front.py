@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hexmesh.errors import InvalidInput
-from hexmesh.planner.algorithms import greedy
+from hexmesh.planner.algorithms import colocated, distserve, greedy, helix, hexgen2, petals, uniform
 from hexmesh.planner.problem import Draft, Judged, Problem
 from hexmesh.planner.run import Run, Step
 from hexmesh.score import fluid_bound
@@ -74,7 +74,17 @@ def search(
     )
 
 
-ALGORITHMS: Mapping[str, Search] = {"auto": greedy.search, "greedy": greedy.search}
+ALGORITHMS: Mapping[str, Search] = {
+    "auto": greedy.search,
+    "greedy": greedy.search,
+    "hexgen2": hexgen2.search,
+    "hexgen2-wide": hexgen2.search_widely,
+    "uniform": uniform.search,
+    "distserve": distserve.search,
+    "petals": petals.search,
+    "helix": helix.search,
+    "colocated": colocated.search,
+}
 """All searches by name, the portfolio first."""
 
 

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cost": FACTS | {"plan"},
     "serving": FACTS | {"plan", "wire"},
     "wire": FACTS | {"plan"},
-    "planner": FACTS | {"plan", "cost", "roofline", "score", "native", "sim"},
+    "planner": FACTS | {"plan", "cost", "roofline", "score", "papers", "native", "sim"},
     "sim": FACTS | {"plan", "cost", "roofline", "score", "serving", "wire"},
     "schedule": FACTS | {"plan", "cost", "roofline", "score", "native"},
     "native": FOUNDATION,
