@@ -1,0 +1,197 @@
+"""Simulated annealing over teams with their roles, warm-started: the polish after coarser searches.
+
+State: teams, each with its role, and the devices that none has. Moves: 1, 2, 4 or all devices of a pool from team to
+team, swaps of such handfuls, merge, split, scatter over the neighbours, another role, drop and take up idle devices.
+Partners are drawn near by: from the same host, else the site, else anywhere.
+
+After ThunderServe's flips of roles (tabu search over groups and phases) and HexGen's moves; differs: roles are part of
+the state, because a score that relaxes them promises plans that do not exist (45.0 promised, 38.5 real on slow NICs).
+
+A state is worth what `balance` says of its teams' best layouts. Its prices tell what a changed team can add at most, so
+most moves are refused without solving anything. The best states are judged exactly in the end. Iterations follow the
+fleet's size and nothing else, so the same seed gives the same plan unless time cuts it off.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hexmesh.planner.algorithms import greedy
+from hexmesh.planner.balance import Balanced, balance
+from hexmesh.planner.changes import Change, Changes, Nearby
+from hexmesh.planner.layouts import Layout
+from hexmesh.planner.members import Member, Members, draft_of
+from hexmesh.planner.moves import idle
+from hexmesh.planner.objective import Latency, LeastCost
+from hexmesh.planner.problem import Draft, Judged, Problem
+from hexmesh.planner.run import Run
+
+NAME = "annealing"
+N_STARTS = 3
+N_FINALISTS, N_ALIKE = 20, 2
+"""Values whose states are judged exactly, and states of each."""
+STEPS, STEPS_PER_DEVICE = 4000, 500
+"""Of all chains together."""
+HOTTEST, COLDEST = 0.02, 0.0005
+"""Temperatures, as parts of the value at the start."""
+SHORTFALL = 20.0
+"""What serving nothing of a wanted rate costs, in multiples of the price of all hosts, or of the best latency."""
+TIE = 1e-4
+"""Weight of what only decides between equals."""
+_STEPS_BETWEEN_LOOKS = 64
+"""At the clock."""
+
+
+def search(run: Run) -> None:
+    """Improves on the best drafts of other searches, and on what serves now."""
+    starts = _starts(run)
+    if run.best is None:
+        return
+    members, finalists = Members(run.problem), _Finalists()
+    values = _Values(run.problem, members, run.best)
+    n_steps = (STEPS + STEPS_PER_DEVICE * sum(pool.size for pool in run.problem.pools)) // len(starts)
+    for start in starts:
+        _Chain(run, members, values, finalists, start).anneal(n_steps)
+    run.offer_all(finalists.drafts(), NAME)
+    if run.is_over:
+        run.notes.append("annealing was cut off by time")
+
+
+def _starts(run: Run) -> list[Draft]:
+    """Different ones, the best first; greedy's where nobody has one."""
+    if run.current is not None:
+        run.offer(run.current, "current")
+    if run.best is None:
+        greedy.search(run)
+    best = sorted(run.best_by.values(), key=lambda judged: judged.worth, reverse=True)
+    return list(dict.fromkeys(judged.draft for judged in best))[:N_STARTS]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _State:
+    members: tuple[Member, ...]
+    balanced: Balanced
+    earnings: tuple[float, ...]
+    """Of each member at the state's prices."""
+    value: float
+
+
+class _Chain:
+    """One walk from a start, getting colder."""
+
+    def __init__(
+        self, run: Run, members: Members, values: _Values, finalists: _Finalists, start: Draft
+    ) -> None:
+        self._run, self._members, self._values, self._finalists = run, members, values, finalists
+        self._nearby = Nearby(run.problem.pools)
+        self._move_to(self._solved(tuple(members.of_draft(start))))
+
+    def anneal(self, n_steps: int) -> None:
+        """Metropolis steps; the temperature falls geometrically."""
+        for step in range(n_steps):
+            if step % _STEPS_BETWEEN_LOOKS == 0 and self._run.is_over:
+                return
+            temperature = HOTTEST * (COLDEST / HOTTEST) ** (step / n_steps)
+            change = self._changes.draw(self._nearby, self._run.rng)
+            least = self._state.value + temperature * math.log(1 - self._run.rng.random())
+            if change is not None:
+                self._try(change, least)
+
+    def _try(self, change: Change, least: float) -> None:
+        """Go there if it is worth `least`."""
+        come = list[Member]()
+        for team, role in change.come:
+            member = self._members.of(team, role)
+            if member is None:
+                return
+            come.append(member)
+        state = self._state
+        kept = [member for at, member in enumerate(state.members) if at not in change.gone]
+        earned = state.balanced.borders_earn + sum(
+            earning for at, earning in enumerate(state.earnings) if at not in change.gone
+        )
+        earned += sum(state.balanced.earns(member.corners, member.shares) for member in come)
+        there = (*kept, *come)
+        if self._values.at_most(there, earned) < least:
+            return
+        solved = self._solved(there)
+        if solved.value >= least:
+            self._move_to(solved)
+
+    def _solved(self, members: tuple[Member, ...]) -> _State:
+        balanced = balance(
+            [member.corners for member in members],
+            [member.shares for member in members],
+            self._members.borders,
+        )
+        return _State(
+            members=members,
+            balanced=balanced,
+            earnings=tuple(balanced.earns(member.corners, member.shares) for member in members),
+            value=self._values.of(members, balanced.requests_per_s),
+        )
+
+    def _move_to(self, state: _State) -> None:
+        problem = self._run.problem
+        teams = [(member.team, member.role) for member in state.members]
+        spare = idle(problem.whole, (team for team, _ in teams))
+        self._state, self._changes = state, Changes(problem.pools, problem.roles, teams, spare)
+        self._finalists.add(state.value, draft_of(state.members))
+
+
+class _Values:
+    """One number for a state, whatever the objective: 1 is about what the best draft at the start is worth."""
+
+    def __init__(self, problem: Problem, members: Members, best: Judged) -> None:
+        self._problem, self._members, self._best = problem, members, best
+        self._whole_price = sum(node.price_per_h or 0.0 for node in problem.cluster.nodes) or 1.0
+
+    def at_most(self, members: Sequence[Member], requests_per_s: float) -> float:
+        """If no more than that is served."""
+        match self._problem.objective:
+            case LeastCost(wanted):
+                price = self._members.price_per_h(members) / self._whole_price
+                return SHORTFALL * min(1.0, requests_per_s / wanted) - price
+            case Latency(wanted):
+                return SHORTFALL * min(1.0, requests_per_s / wanted)
+            case _:
+                return requests_per_s / self._best.flow.requests_per_s
+
+    def of(self, members: Sequence[Member], requests_per_s: float) -> float:
+        """If that is served."""
+        match self._problem.objective:
+            case LeastCost(wanted):
+                return self.at_most(members, requests_per_s) + TIE * requests_per_s / wanted
+            case Latency():
+                judged = self._problem.judge(draft_of(members))
+                late = judged.figures.latency_s / self._best.figures.latency_s
+                return self.at_most(members, judged.flow.requests_per_s) - min(late, SHORTFALL)
+            case _:
+                price = self._members.price_per_h(members) / self._whole_price
+                return self.at_most(members, requests_per_s) - TIE * price
+
+
+class _Finalists:
+    """The best states of all chains, few that are worth the same: those are mostly one plan on like hosts."""
+
+    def __init__(self) -> None:
+        self._drafts = dict[float, dict[frozenset[tuple[Layout, int]], Draft]]()
+
+    def add(self, value: float, draft: Draft) -> None:
+        """Keep it if it is among the best so far."""
+        value = round(value, 9)
+        if value not in self._drafts and len(self._drafts) == N_FINALISTS:
+            least = min(self._drafts)
+            if value < least:
+                return
+            del self._drafts[least]
+        alike = self._drafts.setdefault(value, {})
+        if len(alike) < N_ALIKE:
+            alike.setdefault(frozenset(Counter(draft).items()), draft)
+
+    def drafts(self) -> list[Draft]:
+        """The best first."""
+        return [draft for value in sorted(self._drafts, reverse=True) for draft in self._drafts[value].values()]
