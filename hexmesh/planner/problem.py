@@ -19,7 +19,7 @@ from hexmesh.plan import DtypeName
 from hexmesh.planner.layouts import Layout, Layouts
 from hexmesh.planner.objective import WORTHLESS, Figures, Latency, Objective, Worth, within
 from hexmesh.planner.pools import ROLES, Part, Pool, Team, pools_of, team_of
-from hexmesh.score import Capacities, FlowScore, ReplicaRates, best_flow, handoff_bytes
+from hexmesh.score import Capacities, FlowScore, ReplicaRates, Residency, best_flow, handoff_bytes
 from hexmesh.score.network import Network
 from hexmesh.score.pipeline import NOWHERE, Pipeline, Seat, group_like, hop_between
 from hexmesh.score.plan_score import kv_layer_bytes
@@ -61,6 +61,7 @@ class Problem:
     """Roles that replicas may have; all of prefill and decode without mixed is "strict"."""
     block_tokens: int = 16
     limits: StepLimits = field(default_factory=StepLimits)
+    residency: Residency = field(default_factory=Residency)
 
     @cached_property
     def pools(self) -> tuple[Pool, ...]:
@@ -71,7 +72,7 @@ class Problem:
     def capacities(self) -> Capacities:
         """Rates of pipelines, within the limits that the objective keeps."""
         costs = CostModel(self.spec, self.dtype, self.block_tokens, self.limits)
-        return Capacities(costs, within(self.workload, self.objective))
+        return Capacities(costs, within(self.workload, self.objective), self.residency)
 
     @cached_property
     def layouts(self) -> Layouts:
