@@ -112,9 +112,7 @@ class Capacities:
         latency_s = sum(steps) + sum(sends) + sum(hop.delay_s for hop in pipeline.hops)
         limit_s = self.workload.slo.ttft_s
         least_tokens = max(self.residency.prompts * prompt, self.residency.least_tokens)
-        fits = all(
-            self._free_bytes(seat) >= self._kv_bytes(seat, least_tokens) for seat in pipeline.seats
-        )
+        fits = all(self._free_bytes(seat) >= self._kv_bytes(seat, least_tokens) for seat in pipeline.seats)
         is_in_time = limit_s is None or latency_s <= limit_s
         rate = 1 / max(*steps, *sends, 0.0) if fits and is_in_time else 0.0
         return Prefill(requests_per_s=rate, latency_s=latency_s)
