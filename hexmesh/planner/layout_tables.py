@@ -17,7 +17,7 @@ from hexmesh.cluster import Role
 from hexmesh.cost import ALLOCATOR_SLACK_DIVISOR
 from hexmesh.model_spec import LayerSpec
 from hexmesh.roofline import Group
-from hexmesh.score.capacity import PROMPTS_IN_FLIGHT, Capacities
+from hexmesh.score.capacity import Capacities
 
 Floats = npt.NDArray[np.float64]
 
@@ -57,8 +57,8 @@ class Tables:
     @property
     def least_resident(self) -> float:
         """Sequences of mean context whose room prompts need at least, being computed and handed over."""
-        workload = self.capacities.workload
-        return PROMPTS_IN_FLIGHT * workload.prompt_tokens / workload.mean_context * (1 + ROUNDING)
+        workload, n_prompts = self.capacities.workload, self.capacities.residency.prompts
+        return n_prompts * workload.prompt_tokens / workload.mean_context * (1 + ROUNDING)
 
     @cached_property
     def layer_kinds(self) -> tuple[LayerSpec, ...]:
@@ -124,8 +124,11 @@ class Tables:
         )
         gather = costs.block_bytes(0, group.device.kind, group.tp)
         n_layers = np.maximum(ends[None, :] - ends[:, None], 1)
-        one = self.capacities.workload.mean_context * (n_layers * block + gather) / costs.block_tokens
-        return np.where(self._is_cut, np.maximum(0.0, free.astype(float)) / one, -1.0)
+        context, residency = self.capacities.workload.mean_context, self.capacities.residency
+        one = context * (n_layers * block + gather) / costs.block_tokens
+        longest = residency.least_tokens * (n_layers * block + gather) / costs.block_tokens
+        room = np.minimum(np.maximum(0.0, free.astype(float)) / one, residency.most_sequences)
+        return np.where(self._is_cut, np.where(free >= longest, room, 0.0), -1.0)
 
     def levels(self, options: frozenset[int]) -> Floats:
         """All rooms that a stage on one of the options may have, rising."""

@@ -19,7 +19,8 @@ from hexmesh.plan import DtypeName
 from hexmesh.planner.layouts import Layout, Layouts
 from hexmesh.planner.objective import WORTHLESS, Figures, Latency, Objective, Worth, within
 from hexmesh.planner.pools import ROLES, Part, Pool, Team, pools_of, team_of
-from hexmesh.score import Capacities, FlowScore, ReplicaRates, best_flow, handoff_bytes
+from hexmesh.score import Capacities, FlowScore, ReplicaRates, Residency, best_flow, handoff_bytes
+from hexmesh.score.alone import serve_alone
 from hexmesh.score.network import Network
 from hexmesh.score.pipeline import NOWHERE, Pipeline, Seat, group_like, hop_between
 from hexmesh.score.plan_score import kv_layer_bytes
@@ -61,6 +62,7 @@ class Problem:
     """Roles that replicas may have; all of prefill and decode without mixed is "strict"."""
     block_tokens: int = 16
     limits: StepLimits = field(default_factory=StepLimits)
+    residency: Residency = field(default_factory=Residency)
 
     @cached_property
     def pools(self) -> tuple[Pool, ...]:
@@ -71,7 +73,7 @@ class Problem:
     def capacities(self) -> Capacities:
         """Rates of pipelines, within the limits that the objective keeps."""
         costs = CostModel(self.spec, self.dtype, self.block_tokens, self.limits)
-        return Capacities(costs, within(self.workload, self.objective))
+        return Capacities(costs, within(self.workload, self.objective), self.residency)
 
     @cached_property
     def layouts(self) -> Layouts:
@@ -99,7 +101,7 @@ class Problem:
 
     def judge(self, draft: Draft) -> Judged:
         """What the draft is worth. It must not take more of a pool than there is."""
-        flow = best_flow(self.rates(draft), self.network, kv_layer_bytes(self.capacities))
+        flow = self.flow(self.rates(draft))
         latency_s = self.latency_s(draft, flow) if isinstance(self.objective, Latency) else 0.0
         nodes = {pool.node.id: pool.node for pool in self.pools}
         used = {self.pools[part.pool].node.id for layout in draft for part in layout.parts}
@@ -111,6 +113,18 @@ class Problem:
         )
         worth = self.objective.worth(figures) if flow.requests_per_s > 0 else WORTHLESS
         return Judged(draft=draft, worth=worth, figures=figures, flow=flow)
+
+    def flow(self, rates: Sequence[ReplicaRates]) -> FlowScore:
+        """What replicas of these rates serve together."""
+        if not self._hands_over:
+            return serve_alone(rates)
+        return best_flow(rates, self.network, kv_layer_bytes(self.capacities))
+
+    @cached_property
+    def _hands_over(self) -> bool:
+        """Whether some host prefills for others and some decodes for others; mixed replicas alone do neither."""
+        does = frozenset[Role]().union(*(pool.roles for pool in self.pools))
+        return does >= {"prefill", "decode"}
 
     def rates(self, draft: Draft) -> list[ReplicaRates]:
         """What the flow program is given: replicas r0, r1 and so on."""

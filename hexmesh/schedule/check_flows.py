@@ -35,6 +35,7 @@ def flow_violations(
     if plan.flows and abs(total - 1.0) > _SAME:
         yield f"the flows' shares sum to {total}"
     yield from _idle_replicas(plan)
+    yield from _unable(plan, cluster)
     if not plan.flows or unknown:
         return
     yield from _lost_outputs(plan)
@@ -46,6 +47,19 @@ def _joins(flow: Flow, roles: Mapping[str, Role]) -> bool:
     if flow.src == flow.dst:
         return roles.get(flow.src) == "mixed"
     return roles.get(flow.src) in ("mixed", "prefill") and roles.get(flow.dst) in ("mixed", "decode")
+
+
+def _unable(plan: Plan, cluster: Cluster) -> Iterator[str]:
+    """Handing KV over is prefilling, taking it over is decoding, and not all hosts do that."""
+    roles = {node.id: node.roles for node in cluster.nodes}
+    held_by = {replica.id: [stage.node for stage in replica.stages] for replica in plan.replicas}
+    ends: tuple[tuple[Role, str], ...] = ("prefill", "src"), ("decode", "dst")
+    for flow in plan.flows:
+        for role, end in ends if flow.src != flow.dst else ():
+            for node in held_by.get(getattr(flow, end), ()):
+                does = roles.get(node)
+                if does is not None and role not in does:
+                    yield f"flow from {flow.src} to {flow.dst}: {node} does no {role}"
 
 
 def _idle_replicas(plan: Plan) -> Iterator[str]:

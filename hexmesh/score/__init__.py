@@ -4,7 +4,7 @@
 """
 
 from hexmesh.score.bound import fluid_bound
-from hexmesh.score.capacity import Capacities, Decode, Mixed, Prefill
+from hexmesh.score.capacity import Capacities, Decode, Mixed, Prefill, Residency
 from hexmesh.score.flows import FlowScore, Held, Limit, ReplicaRates, best_flow, handoff_bytes
 from hexmesh.score.pipeline import Hop, Pipeline, Seat, pipeline_of
 from hexmesh.score.plan_score import replica_rates, score_replicas
@@ -20,6 +20,7 @@ __all__ = [
     "Pipeline",
     "Prefill",
     "ReplicaRates",
+    "Residency",
     "Seat",
     "best_flow",
     "fluid_bound",

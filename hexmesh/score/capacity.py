@@ -70,6 +70,17 @@ class Mixed:
     prompts and y outputs a second, x times the first and y times the second must not exceed 1 for any."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residency:
+    """What a replica's KV pools must hold and may hold, beside what its memory says."""
+
+    least_tokens: int = 0
+    """Every stage has room for one sequence of this length."""
+    most_sequences: float = math.inf
+    """As many as are run at once."""
+    prompts: int = PROMPTS_IN_FLIGHT
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
     """What one step of b sequences is made of."""
@@ -86,6 +97,7 @@ class Capacities:
 
     costs: CostModel
     workload: Workload
+    residency: Residency = Residency()
 
     @cached_property
     def model(self) -> Roofline:
@@ -99,20 +111,24 @@ class Capacities:
         sends = [hop.send_s(payload) for hop in pipeline.hops]
         latency_s = sum(steps) + sum(sends) + sum(hop.delay_s for hop in pipeline.hops)
         limit_s = self.workload.slo.ttft_s
-        fits = all(
-            self._free_bytes(seat) >= self._kv_bytes(seat, PROMPTS_IN_FLIGHT * prompt)
-            for seat in pipeline.seats
-        )
+        least_tokens = max(self.residency.prompts * prompt, self.residency.least_tokens)
+        fits = all(self._free_bytes(seat) >= self._kv_bytes(seat, least_tokens) for seat in pipeline.seats)
         is_in_time = limit_s is None or latency_s <= limit_s
         rate = 1 / max(*steps, *sends, 0.0) if fits and is_in_time else 0.0
         return Prefill(requests_per_s=rate, latency_s=latency_s)
 
     def resident(self, pipeline: Pipeline) -> float:
-        """Sequences of mean context that all stages have room for."""
+        """Sequences of mean context that all stages have room for; 0 if one long sequence is too much."""
         context = self.workload.mean_context
-        return min(
+        if not all(
+            self._free_bytes(seat) >= self._kv_bytes(seat, self.residency.least_tokens)
+            for seat in pipeline.seats
+        ):
+            return 0.0
+        room = min(
             max(0.0, self._free_bytes(seat)) / self._kv_bytes(seat, context) for seat in pipeline.seats
         )
+        return min(room, self.residency.most_sequences)
 
     def decode(self, pipeline: Pipeline) -> Decode:
         """The best number and size of micro-batches for output tokens alone."""

@@ -139,7 +139,7 @@ def test_a_sound_plan_has_no_faults() -> None:
     ],
 )
 def test_what_a_host_does_not_do_is_named(changed: dict[str, dict[str, Any]], said: str) -> None:
-    (fault,) = check_plan(plan(), cluster(**changed), SPEC, WORKLOAD)
+    fault, *_ = check_plan(plan(), cluster(**changed), SPEC, WORKLOAD)
     assert fault.startswith(said), fault
 
 
@@ -183,6 +183,14 @@ def test_bytes_of_a_group_are_counted_on_each_of_its_devices() -> None:
 def test_flows_that_lose_something_are_named(change: dict[str, Any], said: str) -> None:
     faults = check_plan(plan(**change), cluster(), SPEC, WORKLOAD)
     assert any(fault.startswith(said) for fault in faults), faults
+
+
+def test_a_host_of_mixed_replicas_alone_hands_nothing_over() -> None:
+    faults = check_plan(plan(), cluster(m={"roles": ("mixed",)}), SPEC, WORKLOAD)
+    assert faults == ["flow from r2 to r1: m does no prefill"]
+    alone = (replica("r2", "mixed", "m", 1.0),)
+    own = plan(replicas=alone, **flows(("r2", "r2", 1.0)))
+    assert check_plan(own, cluster(m={"roles": ("mixed",)}), SPEC, WORKLOAD) == []
 
 
 def _slower(what: str, src: str, dst: str, rate: float) -> Callable[[Cluster], Cluster]:
