@@ -22,6 +22,7 @@ from daemon.views import (
     MemberState,
     MemberView,
     NodeView,
+    PlanningView,
     PlanView,
     Readiness,
     Removed,
@@ -176,6 +177,9 @@ class BootstrapService:
             blocker=BLOCKER,
             explanation=[],
         )
+
+    def planning(self) -> PlanningView:
+        raise _blocker_error()
 
     async def models(self) -> list[CachedModelView]:
         return []

@@ -23,7 +23,8 @@ from daemon.verbs.doctor import doctor
 from daemon.verbs.join import join
 from daemon.verbs.model import model
 from daemon.verbs.node import node
-from daemon.verbs.reads import links, members, plan, requests, status, topology
+from daemon.verbs.plan import plan
+from daemon.verbs.reads import links, members, requests, status, topology
 from daemon.verbs.version import version
 from daemon.verbs.wait import wait
 from hexmesh.errors import HexmeshError

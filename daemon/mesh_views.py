@@ -11,6 +11,7 @@ from daemon.link_views import link_views
 from daemon.mesh_state import MeshState, blocker_of
 from daemon.models.weight_fetch import FetchProgress
 from daemon.peering.links import LinkMonitor
+from daemon.planning import PlannedModel
 from daemon.reachability import is_relay, undialable_by
 from daemon.trust.desk import TrustDesk
 from daemon.views import (
@@ -24,6 +25,7 @@ from daemon.views import (
     MemberView,
     NodeView,
     PlanDeviceView,
+    PlanningView,
     PlanView,
     ReplicaView,
     RequestState,
@@ -54,6 +56,7 @@ class MeshViews:
     mesh_id: str
     model_name: str
     dtype: str | None
+    planned: PlannedModel
     links: LinkMonitor
     trust: TrustDesk
     reach: OwnReach
@@ -154,6 +157,26 @@ class MeshViews:
             predicted_batch=sum(one.predicted_batch for one in replicas) if replicas else None,
             blocker=blocker_of(blocked) if blocked is not None else None,
             explanation=list(plan.explanation) if plan is not None else [],
+        )
+
+    def planning(self) -> PlanningView:
+        """What a plan could be made from now: nodes that answer and that no operator's word keeps out."""
+        alive = {member.id for member in self.members() if member.state == "alive"}
+        records = [
+            record
+            for record in self.state.directory.records()
+            if record.node in alive and record.availability == "active"
+        ]
+        planned = self.planned
+        return PlanningView(
+            model_id=planned.model_id,
+            model_name=planned.name,
+            spec=planned.spec,
+            dtype=planned.dtype,
+            max_model_tokens=planned.max_model_tokens,
+            workload=planned.workload,
+            cluster=self.state.directory.cluster(record.node for record in records),
+            hosts={record.node: record.boot for record in records if record.devices},
         )
 
     def requests(self) -> list[RequestView]:

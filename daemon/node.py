@@ -265,17 +265,15 @@ class Node:
             publish=self._publish,
         )
         model = member.model
-        self._planner = MeshPlanner(
-            PlannedModel(
-                model_id=model.id,
-                name=model.name,
-                spec=model.spec,
-                dtype=self._dtype(),
-                max_model_tokens=model.spec.max_position_tokens,
-                workload=Workload(),
-            ),
-            self._roster.directory,
+        self._planned = PlannedModel(
+            model_id=model.id,
+            name=model.name,
+            spec=model.spec,
+            dtype=self._dtype(),
+            max_model_tokens=model.spec.max_position_tokens,
+            workload=Workload(),
         )
+        self._planner = MeshPlanner(self._planned, self._roster.directory)
         self._telemetry = Telemetry(model_name=model.name, alias_vllm=options.metrics_alias == "vllm")
         self._coordination = CoordinationLoop(
             machine=Coordination(
@@ -373,6 +371,7 @@ class Node:
             mesh_id=member.membership.mesh_id,
             model_name=member.model.name,
             dtype=member.membership.dtype,
+            planned=self._planned,
             links=self._links,
             trust=self._trust,
             reach=self._network.reach,

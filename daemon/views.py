@@ -6,6 +6,11 @@ from typing import Literal
 
 import msgspec
 
+from hexmesh.cluster import Cluster
+from hexmesh.model_spec import ModelSpec
+from hexmesh.plan import DtypeName
+from hexmesh.workload import Workload
+
 MemberState = Literal["joining", "alive", "suspect", "failed", "left"]
 AvailabilityView = Literal["active", "cordoned", "draining", "drained", "leaving", "left"]
 RequestState = Literal["waiting", "running", "draining", "replaying"]
@@ -268,6 +273,20 @@ class PlanView(msgspec.Struct, frozen=True, kw_only=True):
     predicted_batch: int | None
     blocker: Blocker | None
     explanation: list[str]
+
+
+class PlanningView(msgspec.Struct, frozen=True, kw_only=True):
+    """What plans for the mesh are made from: all that is measured of the nodes that plans may use now."""
+
+    model_id: str
+    model_name: str
+    spec: ModelSpec
+    dtype: DtypeName
+    max_model_tokens: int
+    workload: Workload
+    cluster: Cluster
+    hosts: dict[str, int]
+    """Boot nonces of its nodes."""
 
 
 class Issued(msgspec.Struct, frozen=True, kw_only=True):

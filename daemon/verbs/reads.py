@@ -115,7 +115,8 @@ def _show_requests(body: bytes, client: Client, console: Console) -> RenderableT
     return requests_table(_decode(body, list[RequestView]))
 
 
-def _show_plan(body: bytes, client: Client, console: Console) -> RenderableType:
+def show_plan(body: bytes, client: Client, console: Console) -> RenderableType:
+    """What `hexmesh plan` prints of the running mesh's plan."""
     from daemon.terminal.render_plan import plan_view
     from daemon.views import PlanView
 
@@ -138,6 +139,3 @@ members = _read_verb("members", "Show the nodes and their states.", _show_member
 links = _read_verb("links", "Show the measured links between nodes.", _show_links)
 topology = _read_verb("topology", "Show sites, devices, pipelines and links at a glance.", _show_topology)
 requests = _read_verb("requests", "Show the requests that run or wait here.", _show_requests)
-plan = _read_verb(
-    "plan", "Show the plan: each device's share, what it needs, what it has, and why.", _show_plan
-)

@@ -42,6 +42,7 @@ class AdminRoutes:
             "topology": service.topology,
             "requests": service.requests,
             "plan": service.plan,
+            "planning": service.planning,
         }
         return [
             *(Route("GET", path, "open", alive) for path in ("/health", "/live", "/ping")),

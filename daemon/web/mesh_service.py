@@ -18,6 +18,7 @@ from daemon.views import (
     Issued,
     LinkView,
     MemberView,
+    PlanningView,
     PlanView,
     Readiness,
     Removed,
@@ -97,6 +98,9 @@ class NodeService:
 
     def plan(self) -> PlanView:
         return self._views.plan()
+
+    def planning(self) -> PlanningView:
+        return self._views.planning()
 
     async def models(self) -> list[CachedModelView]:
         return await asyncio.to_thread(self._weights.models)

@@ -14,6 +14,7 @@ from daemon.views import (
     Issued,
     LinkView,
     MemberView,
+    PlanningView,
     PlanView,
     Readiness,
     Removed,
@@ -119,6 +120,8 @@ class MeshService(Protocol):
     def requests(self) -> list[RequestView]: ...
 
     def plan(self) -> PlanView: ...
+
+    def planning(self) -> PlanningView: ...
 
     async def models(self) -> list[CachedModelView]: ...
 

@@ -63,6 +63,27 @@ class SearchView(msgspec.Struct, frozen=True, kw_only=True):
     trace: tuple[SearchStep, ...]
 
 
+class Compared(msgspec.Struct, frozen=True, kw_only=True):
+    """What one algorithm comes to on the same problem."""
+
+    algorithm: str
+    figures: PlanFigures | None
+    """null: it found no plan."""
+    gap: float
+    elapsed_s: float
+    n_judged: int
+    was_cut_off: bool
+
+
+class WhatIfView(msgspec.Struct, frozen=True, kw_only=True):
+    """What the changes were, and what held before them."""
+
+    changes: tuple[str, ...]
+    before: PlanFigures | None
+    """null: nothing fitted before."""
+    bound_before: float
+
+
 class PlanFile(msgspec.Struct, frozen=True, kw_only=True):
     """The whole document. Figures are SI: seconds, bytes, requests per second."""
 
@@ -83,6 +104,9 @@ class PlanFile(msgspec.Struct, frozen=True, kw_only=True):
     unmet: tuple[str, ...] = ()
     """What was asked for and cannot be had, with the nearest that can."""
     explanation: Explanation | None = None
+    comparison: tuple[Compared, ...] = ()
+    """The best first, by the objective."""
+    what_if: WhatIfView | None = None
 
 
 def figures_of(problem: Problem, judged: Judged) -> PlanFigures:
@@ -101,6 +125,18 @@ def figures_of(problem: Problem, judged: Judged) -> PlanFigures:
         price_per_million_tokens=1e6 * figures.price_per_h / tokens_per_h if figures.price_per_h else None,
         n_devices=figures.n_devices,
         n_replicas=len(judged.draft),
+    )
+
+
+def compared(problem: Problem, found: Found) -> Compared:
+    """One row of a comparison."""
+    return Compared(
+        algorithm=found.algorithm,
+        figures=None if found.best is None else figures_of(problem, found.best),
+        gap=found.gap,
+        elapsed_s=found.elapsed_s,
+        n_judged=found.n_judged,
+        was_cut_off=found.was_cut_off,
     )
 
 

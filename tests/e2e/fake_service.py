@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ from daemon.views import (
     KvBlocksView,
     LinkView,
     MemberView,
+    PlanningView,
     PlanView,
     Readiness,
     Removed,
@@ -34,9 +36,12 @@ from daemon.web.http import HttpSurface
 from daemon.web.service import GenerationPart, GenerationRequest, ServedModel, TokenSink
 from daemon.web.telemetry import Telemetry
 from daemon.web.text import TextCodec
+from hexmesh.cluster import Cluster
 from hexmesh.errors import Closed, HexmeshError, NoRoom
+from hexmesh.model_spec import model_spec_from_config
 from hexmesh.wire.data import SampledToken, ScoredToken
 from hexmesh.wire.orders import NodeStanding, OrderAction
+from hexmesh.workload import Workload
 
 SHIPPED = Path(hexmesh.__file__).parent / "assets" / "model"
 REPLY = "The mesh has 12 nodes, Köln 🦊 included."
@@ -264,6 +269,18 @@ class FakeService:
             predicted_batch=None,
             blocker=self.blocker,
             explanation=["one node"],
+        )
+
+    def planning(self) -> PlanningView:
+        return PlanningView(
+            model_id="1f" * 32,
+            model_name="tiny",
+            spec=model_spec_from_config(json.loads((SHIPPED / "config.json").read_text())),
+            dtype="float32",
+            max_model_tokens=self.max_model_tokens,
+            workload=Workload(),
+            cluster=Cluster(nodes=(), links=()),
+            hosts={},
         )
 
     async def create_token(self, *, ttl_s: float, uses: int) -> Issued:

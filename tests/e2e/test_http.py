@@ -1163,7 +1163,7 @@ async def test_bad_admin_bodies(service: FakeService) -> None:
     assert service.calls == []
 
 
-@pytest.mark.parametrize("verb", ["status", "members", "links", "topology", "requests", "plan"])
+@pytest.mark.parametrize("verb", ["status", "members", "links", "topology", "requests", "plan", "planning"])
 async def test_admin_reads(service: FakeService, session: ClientSession, verb: str) -> None:
     async with session.get(f"/admin/{verb}") as response:
         assert response.content_type == "application/json"

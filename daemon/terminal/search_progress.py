@@ -1,0 +1,36 @@
+"""A line that says how a search gets on: elapsed time, the best so far, and who found it. Only on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from daemon.terminal.render import new_console
+from hexmesh.planner.run import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Takes the search's steps."""
+
+    progress: Progress
+    task: TaskID
+    name: str
+
+    def step(self, step: Step) -> None:
+        """A better plan was found."""
+        said = f"{self.name}: best so far {step.requests_per_s:.4g} requests/s, by {step.by}"
+        self.progress.update(self.task, description=said)
+
+
+@contextmanager
+def watching(name: str) -> Iterator[Watch]:
+    """Show the progress of one search on stderr; nothing where that is no terminal."""
+    console = new_console(sys.stderr)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield Watch(progress, progress.add_task(f"{name}: searching", total=None), name)
