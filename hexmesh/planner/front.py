@@ -7,7 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hexmesh.errors import InvalidInput
-from hexmesh.planner.algorithms import colocated, distserve, greedy, helix, hexgen2, petals, uniform
+from hexmesh.planner.algorithms import (
+    annealing,
+    colocated,
+    distserve,
+    genetic,
+    greedy,
+    helix,
+    hexgen2,
+    petals,
+    uniform,
+)
 from hexmesh.planner.problem import Draft, Judged, Problem
 from hexmesh.planner.run import Run, Step
 from hexmesh.score import fluid_bound
@@ -84,6 +94,8 @@ ALGORITHMS: Mapping[str, Search] = {
     "petals": petals.search,
     "helix": helix.search,
     "colocated": colocated.search,
+    "genetic": genetic.search,
+    "annealing": annealing.search,
 }
 """All searches by name, the portfolio first."""
 
