@@ -16,11 +16,10 @@ from functools import cached_property
 
 from hexmesh.cluster import Nic
 from hexmesh.planner.layouts import Layout
-from hexmesh.planner.objective import LeastCost
 from hexmesh.planner.pools import Part
 from hexmesh.planner.problem import Problem
 from hexmesh.score import ReplicaRates
-from hexmesh.score.flow_program import Flows, add_flows
+from hexmesh.score.flow_program import Flows, Limit, add_flows
 from hexmesh.score.network import Network, Way
 from hexmesh.score.places import Place, spans_of
 from hexmesh.score.plan_score import kv_layer_bytes
@@ -42,8 +41,10 @@ class Bundle:
     layouts: tuple[Layout, ...]
     takes: tuple[tuple[Hashable, int], ...]
     """(resource, how much)."""
-    has_own_hosts: bool = False
-    """Its hosts stand for any of their classes, and nobody else is on them."""
+    own_nodes: frozenset[str] = frozenset()
+    """Hosts that stand for any like them, and that it has for itself."""
+    price_per_h: float = 0.0
+    """Of those."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,10 @@ class Prices:
     """For a request more a second at a site."""
     counts: tuple[float, ...]
     """Of the bundles."""
+    wires: float
+    """The share of the worth that NICs and lines decide."""
+    losses: tuple[float, ...]
+    """What one more of each bundle would cost; 0 for those that are there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +131,10 @@ class Master:
     problem: Problem
     bundles: Sequence[Bundle]
     resources: Mapping[Hashable, int]
+    target: float | None = None
+    """Requests per second to serve at the least price; None: as many as can be."""
     hires: Mapping[Hashable, Hire] = field(default_factory=dict)
-    """Resources that are a host's; looked at for the least cost alone."""
+    """Resources that are a host's, for a target."""
 
     def prices(self) -> Prices | None:
         """What the linear program would pay; None if the rate that is asked for is out of reach."""
@@ -135,8 +142,8 @@ class Master:
         solution = program.solve()
         if solution is None:
             return None
-        target, sites = self._target, {pool.node.site for pool in self.problem.pools}
-        prompt = 1.0 if target is None else solution.limits.get("demand", 0.0) / target
+        sites = {pool.node.site for pool in self.problem.pools}
+        prompt = 1.0 if self.target is None else solution.limits.get("demand", 0.0) / self.target
         return Prices(
             worth=solution.worth,
             resources={
@@ -144,7 +151,9 @@ class Master:
             },
             prompts={site: prompt + solution.balances.get(("leaves", site), 0.0) for site in sites},
             outputs={site: solution.balances.get(("enters", site), 0.0) for site in sites},
+            wires=sum(price for key, price in solution.limits.items() if _is_wire(key)),
             counts=tuple(float(solution.values[gate]) for gate in gates),
+            losses=tuple(float(solution.losses[gate]) for gate in gates),
         )
 
     def chosen(
@@ -155,20 +164,19 @@ class Master:
         values = program.solve_integers(gap=gap, max_nodes=max_nodes, limit_s=limit_s)
         return None if values is None else tuple(round(float(values[gate])) for gate in gates)
 
-    @property
-    def _target(self) -> float | None:
-        objective = self.problem.objective
-        return objective.requests_per_s if isinstance(objective, LeastCost) else None
-
     @cached_property
     def _program(self) -> tuple[Program, Sequence[int], Flows]:
         """The program, the bundles' counts in it, and its flows."""
         program = Program()
-        gates = [program.variable(-_TINY, is_integer=True) for _ in self.bundles]
+        is_paid = self.target is not None
+        gates = [
+            program.variable(-_TINY - is_paid * bundle.price_per_h, is_integer=True)
+            for bundle in self.bundles
+        ]
         hired = dict[str, int]()
         for bundle, gate in zip(self.bundles, gates, strict=True):
             for key, amount in bundle.takes:
-                host = None if self._target is None else self._hired(program, key, hired)
+                host = self._hired(program, key, hired) if is_paid else None
                 program.use(("there", key), gate, amount, self.resources[key], host)
         flows = self._flows(program, gates)
         return program, gates, flows
@@ -185,15 +193,13 @@ class Master:
         replicas, opened, real, counts = list[ReplicaRates](), list[int](), dict[str, str](), dict[str, int]()
         for at, (bundle, gate) in enumerate(zip(self.bundles, gates, strict=True)):
             for number, layout in enumerate(bundle.layouts):
-                stages = self._held(layout.parts, at if bundle.has_own_hosts else None, real)
+                stages = self._held(layout.parts, at, real)
                 replicas.append(_rates(layout, f"{at}/{number}", stages))
                 opened.append(gate)
-                if bundle.has_own_hosts:
-                    counts |= {stage.node: gate for stage in stages}
+                counts |= {stage.node: gate for stage in stages if real[stage.node] in bundle.own_nodes}
         known = dict[object, Place]()
         spans = [spans_of(replica.stages) for replica in replicas]
         network = _Copies(self.problem.cluster, real, counts, self.problem.network)
-        target = self._target
         flows = add_flows(
             program,
             replicas,
@@ -201,22 +207,26 @@ class Master:
             network,
             kv_layer_bytes(self.problem.capacities),
             opened,
-            1.0 if target is None else 0.0,
+            1.0 if self.target is None else 0.0,
         )
-        if target is not None:
+        if self.target is not None:
             for x in flows.prefill.values():
-                program.demand("demand", x, 1 / target)
+                program.demand("demand", x, 1 / self.target)
         return flows
 
-    def _held(self, parts: Sequence[Part], bundle: int | None, real: dict[str, str]) -> tuple[_Held, ...]:
+    def _held(self, parts: Sequence[Part], bundle: int, real: dict[str, str]) -> tuple[_Held, ...]:
         """Layers by node, or by its copy for the bundle."""
         held = list[_Held]()
         for part in parts:
             node = self.problem.pools[part.pool].node.id
-            copy = node if bundle is None else f"{node} for {bundle}"
+            copy = f"{node} for {bundle}" if node in self.bundles[bundle].own_nodes else node
             real[copy] = node
             held.append(_Held(copy, part.start, part.stop))
         return tuple(held)
+
+
+def _is_wire(key: Hashable) -> bool:
+    return isinstance(key, Limit) and key.kind in ("nic_out", "nic_in", "line")
 
 
 def _rates(layout: Layout, name: str, stages: tuple[_Held, ...]) -> ReplicaRates:

@@ -16,13 +16,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from msgspec.structs import replace
 from scipy.optimize import linprog
 
-from hexmesh.cluster import Cluster, Device, Fabric, Node
+from hexmesh.cluster import Cluster, Device, Node
 from hexmesh.plan import DTYPE_BYTES
 from hexmesh.roofline import Group
 from hexmesh.score.capacity import BATCH_CAP, Capacities
@@ -35,6 +34,10 @@ class Density:
 
     prefill: float
     decode: float
+
+    def worth(self, prompt: float, output: float) -> float:
+        """At most, when a prompt and an output are worth so much."""
+        return max(prompt * self.prefill, output * self.decode, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,36 +84,30 @@ def fluid_bound(cluster: Cluster, capacities: Capacities) -> float:
     return float(-found.fun)
 
 
+def density_of(
+    node: Node, device: Device, degrees: tuple[int, ...], roles: frozenset[str], capacities: Capacities
+) -> Density:
+    """What one device of the node gives at most, in groups of any of the degrees and in those roles."""
+    groups = [Group(device=device, fabric=node.fabric, tp=tp, launch_s=launch_s(node)) for tp in degrees]
+    can_prefill, can_decode = roles != {"decode"}, roles != {"prefill"}
+    return Density(
+        max((_prefill(group, capacities) for group in groups), default=0.0) if can_prefill else 0.0,
+        max((_decode(group, capacities) for group in groups), default=0.0) if can_decode else 0.0,
+    )
+
+
 def _pools(cluster: Cluster, capacities: Capacities) -> list[_Pool]:
-    def figures(device: Device) -> Device:
-        return replace(device, index=0, name="", kind="cuda")
-
-    @cache
-    def density(
-        device: Device,
-        fabric: Fabric | None,
-        per_launch_s: float,
-        degrees: tuple[int, ...],
-        roles: frozenset[str],
-    ) -> Density:
-        groups = [Group(device=device, fabric=fabric, tp=tp, launch_s=per_launch_s) for tp in degrees]
-        can_prefill, can_decode = roles != {"decode"}, roles != {"prefill"}
-        return Density(
-            max((_prefill(group, capacities) for group in groups), default=0.0) if can_prefill else 0.0,
-            max((_decode(group, capacities) for group in groups), default=0.0) if can_decode else 0.0,
-        )
-
+    known = dict[object, Density]()
     found = []
     for at, node in enumerate(cluster.nodes):
         roles = frozenset(node.roles or ("mixed", "prefill", "decode"))
-        for device, n_devices in Counter(map(figures, node.devices)).items():
-            found.append(
-                _Pool(
-                    at,
-                    n_devices,
-                    density(device, node.fabric, launch_s(node), _degrees(node, capacities), roles),
-                )
-            )
+        degrees = _degrees(node, capacities)
+        alike = Counter(replace(device, index=0, name="", kind="cuda") for device in node.devices)
+        for device, n_devices in alike.items():
+            key = device, node.fabric, launch_s(node), degrees, roles
+            if key not in known:
+                known[key] = density_of(node, device, degrees, roles, capacities)
+            found.append(_Pool(at, n_devices, known[key]))
     return found
 
 

@@ -27,6 +27,8 @@ class Solution:
     """The same of variables' bounds, in shares of them."""
     balances: Mapping[Hashable, float]
     """What one unit brought into the balance is worth."""
+    losses: NDArray[np.float64]
+    """What one unit of each variable that is 0 would cost."""
 
 
 @dataclass(kw_only=True)
@@ -97,6 +99,7 @@ class Program:
             limits=_prices(self.limits, -found.ineqlin.marginals),
             caps={int(at): float(-found.upper.marginals[at] * most[at]) for at in capped},
             balances=_prices(self.balances, found.eqlin.marginals),
+            losses=found.lower.marginals,
         )
 
     def solve_integers(self, *, gap: float, max_nodes: int, limit_s: float) -> NDArray[np.float64] | None:

@@ -1,0 +1,79 @@
+"""Two replicas side by side over the same hosts, cut alike: one prefills, one decodes, and KV stays on its host.
+
+Activations of a prompt are far smaller than its KV, so where NICs are slow it is better to let each replica cross hosts
+than to let KV do so. HexGen-2's spectral partition finds such plans now and then; here they are made on purpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from hexmesh.cluster import Role
+from hexmesh.planner.layouts import Layout
+from hexmesh.planner.pools import Part, Team
+from hexmesh.planner.problem import Problem
+from hexmesh.score.places import Spans, spans_of
+
+_DEGREES = (1, 2, 4, 8)
+"""Caps on the TP degree that are tried for a replica with given cuts."""
+
+
+def striped(problem: Problem, team: Team, share: float) -> Iterator[tuple[Layout, Layout]]:
+    """Pairs of a prefill and a decode replica: a share of each pool prefills, the rest decodes.
+
+    The cuts are those that either likes best, and those of one replica of all the devices.
+    """
+    prefill, decode = _split(team, share)
+    if not problem.may_be(prefill, "prefill") or not problem.may_be(decode, "decode"):
+        return
+    known = dict.fromkeys(_cuts(problem, team, prefill, decode))
+    for spans in known:
+        p, d = aligned(problem, prefill, spans, "prefill"), aligned(problem, decode, spans, "decode")
+        if p is not None and d is not None:
+            yield p, d
+
+
+def _split(team: Team, share: float) -> tuple[Team, Team]:
+    counts = [(pool, n, min(max(round(n * share), 1), n - 1)) for pool, n in team if n > 1]
+    return tuple((pool, own) for pool, _, own in counts), tuple((pool, n - own) for pool, n, own in counts)
+
+
+def _cuts(problem: Problem, team: Team, prefill: Team, decode: Team) -> Iterator[Spans]:
+    wanted: tuple[tuple[Team, Role], ...] = (
+        (prefill, "prefill"),
+        (decode, "decode"),
+        (team, "decode"),
+        (team, "prefill"),
+    )
+    for part, role in wanted:
+        best = problem.layouts.best(part, role) if part else None
+        if best is not None:
+            yield spans_of(problem.held(best.parts))
+
+
+def aligned(problem: Problem, team: Team, spans: Spans, role: Role) -> Layout | None:
+    """The best of a few layouts of the team that hold on each host what the spans say; None if there is none."""
+    found = [
+        layout
+        for most in _DEGREES
+        if (parts := _parts(problem, team, spans, most)) and (layout := problem.layouts.rated(parts, role))
+    ]
+    return max(found, key=lambda layout: layout.requests_per_s, default=None)
+
+
+def _parts(problem: Problem, team: Team, spans: Spans, most: int) -> tuple[Part, ...]:
+    """Each host's layers dealt out evenly to groups of its largest pool; nothing where a host has none."""
+    parts = list[Part]()
+    used = set[str]()
+    for node, start, stop in spans:
+        own = [(n, pool) for pool, n in team if problem.pools[pool].node.id == node]
+        if not own or node in used:
+            return ()
+        used.add(node)
+        n, pool = max(own)
+        tp = max(tp for tp in problem.pools[pool].degrees if tp <= min(n, most))
+        n_groups = min(n // tp, stop - start)
+        cuts = [start + (stop - start) * at // n_groups for at in range(n_groups + 1)]
+        parts += (Part(pool=pool, tp=tp, start=a, stop=b) for a, b in pairwise(cuts))
+    return tuple(parts)
