@@ -22,6 +22,7 @@ from hexmesh.plan import DtypeName
 from hexmesh.planner.explanation import explain
 from hexmesh.planner.finish import finish
 from hexmesh.planner.front import ALGORITHMS, Found, search
+from hexmesh.planner.in_use import in_use
 from hexmesh.planner.objective import objective_named
 from hexmesh.planner.plan_file import (
     VERSION,
@@ -199,9 +200,9 @@ def _rank(named: tuple[str, Found]) -> tuple[float, ...]:
 
 
 def _file(subject: Subject, problem: Problem, found: Found, asked: Asked) -> PlanFile:
-    best = found.best
-    if best is None:
+    if found.best is None:
         raise why_nothing(problem, found)
+    best = in_use(problem, found.best)
     plan = finish(
         problem,
         best,

@@ -22,7 +22,7 @@ def role_lines(trials: Trials) -> Iterator[str]:
         layout = trials.judged.draft[at]
         others = [role for role in ROLES if role != layout.role]
         tried = [said for role in others if (said := _as_role(trials, at, role)) is not None]
-        does = f"{_names(same)} {_DOES[layout.role]}"
+        does = f"{names_of(same)} {_DOES[layout.role]}"
         may = [role for role in others if trials.problem.may_be(team_of(layout.parts), role)]
         if tried:
             yield f"{does}: {'; '.join(tried)}"
@@ -50,7 +50,7 @@ def cut_lines(trials: Trials) -> Iterator[str]:
     kinds = [at for at in trials.kinds() if len(trials.judged.draft[at[0]].parts) > 1]
     for at, same in kinds[:MAX_LINES]:
         layout = trials.judged.draft[at]
-        yield f"{_names(same)}: {_steps(trials, layout)}; {_moved(trials, at)}"
+        yield f"{names_of(same)}: {_steps(trials, layout)}; {_moved(trials, at)}"
 
 
 def _steps(trials: Trials, layout: Layout) -> str:
@@ -86,6 +86,7 @@ def _shifts(trials: Trials, at: int) -> Iterator[Draft]:
                     yield draft
 
 
-def _names(same: list[int]) -> str:
+def names_of(same: list[int]) -> str:
+    """Such as "r0, r1"."""
     shown = ", ".join(f"r{at}" for at in same[:4])
     return shown if len(same) <= 4 else f"{shown} and {len(same) - 4} more"

@@ -13,12 +13,13 @@ import msgspec
 
 from hexmesh.cost import CostModel
 from hexmesh.plan import Plan, Replica, Stage
-from hexmesh.planner.alternatives import cut_lines, role_lines
+from hexmesh.planner.alternatives import cut_lines, names_of, role_lines
 from hexmesh.planner.levers import Gain, gains
-from hexmesh.planner.limits import limit_text
+from hexmesh.planner.limits import limit_text, replica_of
 from hexmesh.planner.problem import Judged, Problem
 from hexmesh.planner.spare import spare_reasons
 from hexmesh.planner.trials import Trials
+from hexmesh.score.flows import Limit
 
 MAX_GAINS = 8
 MAX_LIMITS = 6
@@ -87,7 +88,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
 def explain(problem: Problem, judged: Judged, plan: Plan) -> Explanation:
     """The account of a plan that `finish` made of what was judged."""
     found, trials = gains(problem, judged), Trials(problem, judged)
-    limits = tuple(_limits(problem, judged, plan))
+    limits = tuple(_limits(trials, plan))
     return Explanation(
         bottleneck=_bottleneck(found, limits),
         gains=tuple(map(_gain_view, found[:MAX_GAINS])),
@@ -104,7 +105,8 @@ def _bottleneck(found: list[Gain], limits: tuple[LimitView, ...]) -> str:
     if not found:
         return first
     best = found[0]
-    return f"{best.lever.text}: a tenth more gives {best.gain:+.1%}; {first}"
+    decides = f"; {limits[0].share:.0%} is decided by this: {first}" if limits else ""
+    return f"{best.lever.text}, a tenth more gives {best.gain:+.1%}{decides}"
 
 
 def _gain_view(gain: Gain) -> GainView:
@@ -112,11 +114,27 @@ def _gain_view(gain: Gain) -> GainView:
     return GainView(kind=lever.kind, what=lever.text, gain=gain.gain, what_if=lever.what_if)
 
 
-def _limits(problem: Problem, judged: Judged, plan: Plan) -> Iterator[LimitView]:
-    shares = sorted(judged.flow.shares.items(), key=lambda item: (-item[1], item[0].kind, item[0].name))
-    for limit, share in shares[:MAX_LIMITS]:
-        text = limit_text(problem, judged, plan, limit)
+def _limits(trials: Trials, plan: Plan) -> Iterator[LimitView]:
+    """The largest first; those of like replicas together."""
+    problem, judged, kinds = trials.problem, trials.judged, list(trials.kinds())
+    alike = {at: (first, same) for first, same in kinds for at in same}
+    grouped = dict[Limit, tuple[float, list[int]]]()
+    for limit, share in judged.flow.shares.items():
+        at = replica_of(limit)
+        first = limit if at is None else _of(limit, alike[at][0])
+        before, _ = grouped.get(first, (0.0, []))
+        grouped[first] = before + share, [] if at is None else alike[at][1]
+    ranked = sorted(grouped.items(), key=lambda item: (-item[1][0], item[0].kind, item[0].name))
+    for limit, (share, same) in ranked[:MAX_LIMITS]:
+        whose = f"{names_of(same)} {'each ' if len(same) > 1 else ''}" if same else ""
+        text = whose + limit_text(problem, judged, plan, limit)
         yield LimitView(kind=limit.kind, id=limit.name, share=share, text=text)
+
+
+def _of(limit: Limit, at: int) -> Limit:
+    """The same limit of another replica."""
+    _, slash, row = limit.name.partition("/")
+    return Limit(limit.kind, f"r{at}{slash}{row}")
 
 
 def _devices(problem: Problem, plan: Plan) -> Iterator[DeviceView]:

@@ -13,15 +13,17 @@ from hexmesh.units import show_bit_rate, show_bytes, show_duration
 
 
 def limit_text(problem: Problem, judged: Judged, plan: Plan, limit: Limit) -> str:
-    """One limit with its figures."""
+    """One limit with its figures. Of a replica's limit, what follows the replica's name."""
     match limit.kind:
         case "mixed":
-            name, _, row = limit.name.partition("/")
-            at = int(name.removeprefix("r"))
-            return _row_text(problem, judged, plan, at, int(row))
+            at = replica_of(limit)
+            assert at is not None
+            return _row_text(problem, judged, plan, at, int(limit.name.partition("/")[2]))
         case "prefill" | "decode":
-            at = int(limit.name.removeprefix("r"))
-            return _phase_text(problem, judged, plan, at, limit.kind)
+            at = replica_of(limit)
+            assert at is not None
+            phase = _prefill_text if limit.kind == "prefill" else _decode_text
+            return phase(problem, judged, plan, at)
         case "nic_out" | "nic_in":
             node = problem.cluster.node(limit.name)
             assert node.nic is not None
@@ -30,6 +32,13 @@ def limit_text(problem: Problem, judged: Judged, plan: Plan, limit: Limit) -> st
             return f"the network card of {node.name} {way} KV at its {show_bit_rate(rate)}"
         case _:
             return f"the {limit.kind} from {_ends(problem, limit)} is full of KV"
+
+
+def replica_of(limit: Limit) -> int | None:
+    """The place in the draft of the replica that a limit is of; None for those of the network."""
+    if limit.kind not in ("mixed", "prefill", "decode"):
+        return None
+    return int(limit.name.partition("/")[0].removeprefix("r"))
 
 
 def _ends(problem: Problem, limit: Limit) -> str:
@@ -43,43 +52,42 @@ def _row_text(problem: Problem, judged: Judged, plan: Plan, at: int, row: int) -
     layout, name = judged.draft[at], f"r{at}"
     n = len(layout.parts)
     prompts, outputs = judged.flow.prefill[name], judged.flow.decode[name]
-    does = f"{name} prefills {prompts:.3g} and decodes {outputs:.3g} requests/s"
+    tasks = [f"prefills {prompts:.3g}"] * (prompts > 0) + [f"decodes {outputs:.3g}"] * (outputs > 0)
+    does = f"{' and '.join(tasks)} requests/s"
+    room = f"; {_kv_text(plan, at, layout)}" if outputs > 0 else ""
     if row < n:
         prompt_s, output_s = layout.uses[row]
-        split = f"prompts {prompts * prompt_s:.0%}, tokens {outputs * output_s:.0%} of its time"
-        return f"{does}: {_stage_text(problem, plan, at, row)} is never idle ({split}); {_kv_text(plan, at, layout)}"
+        shares = (
+            f" (prompts {prompts * prompt_s:.0%}, tokens {outputs * output_s:.0%})" if len(tasks) > 1 else ""
+        )
+        return f"{does}: {_stage_text(problem, plan, at, row)} is never idle{shares}{room}"
     if row < 2 * n - 1:
         src, dst = (_node_name(problem, part) for part in list(pairwise(layout.parts))[row - n])
-        return f"{does}: the hop from {src} to {dst} is never idle"
-    return (
-        f"{does}: its {layout.micro_batches} micro-batches are all on their way; {_kv_text(plan, at, layout)}"
+        return f"{does}: the hop from {src} to {dst} is never idle{room}"
+    return f"{does}: its {layout.micro_batches} micro-batches are always on their way{room}"
+
+
+def _prefill_text(problem: Problem, judged: Judged, plan: Plan, at: int) -> str:
+    layout = judged.draft[at]
+    alone = [problem.pipeline((part,)) for part in layout.parts]
+    steps = [problem.capacities.prefill(stage).latency_s for stage in alone]
+    slowest = max(range(len(steps)), key=steps.__getitem__)
+    where = _stage_text(problem, plan, at, slowest)
+    takes = (
+        f"{where} takes {show_duration(steps[slowest])} of the {show_duration(1 / layout.prefill)} a prompt"
     )
+    return f"prefills {layout.prefill:.3g} requests/s at most: {takes}"
 
 
-def _phase_text(problem: Problem, judged: Judged, plan: Plan, at: int, phase: str) -> str:
-    layout, name = judged.draft[at], f"r{at}"
-    if phase == "prefill":
-        rate = f"{name} prefills {layout.prefill:.3g} requests/s at most"
-        pipeline = problem.pipeline(layout.parts)
-        slowest = max(
-            range(len(layout.parts)),
-            key=lambda i: (
-                problem.capacities.model.prefill_layer_s(
-                    pipeline.seats[i].group,
-                    problem.spec.layers[layout.parts[i].start],
-                    problem.workload.prompt_tokens,
-                )
-                * layout.parts[i].n_layers
-            ),
-        )
-        return f"{rate}: {_stage_text(problem, plan, at, slowest)} takes longest"
+def _decode_text(problem: Problem, judged: Judged, plan: Plan, at: int) -> str:
+    layout = judged.draft[at]
     steps = [problem.capacities.step_s(problem.seat(part), layout.batch) for part in layout.parts]
     slowest = max(range(len(steps)), key=steps.__getitem__)
     period_s = layout.tpot_s / layout.micro_batches
-    rate = f"{name} decodes {layout.decode:.3g} requests/s at most"
-    step = f"{_stage_text(problem, plan, at, slowest)} takes {show_duration(steps[slowest])} of"
-    every = f"{show_duration(period_s)} that {layout.batch:.0f} sequences get for a token"
-    return f"{rate}: {step} the {every}; {_kv_text(plan, at, layout)}"
+    where = _stage_text(problem, plan, at, slowest)
+    step = f"{where} takes {show_duration(steps[slowest])} of the {show_duration(period_s)}"
+    every = f"in which {layout.batch:.0f} sequences get a token"
+    return f"decodes {layout.decode:.3g} requests/s at most: {step} {every}; {_kv_text(plan, at, layout)}"
 
 
 def _stage_text(problem: Problem, plan: Plan, at: int, index: int) -> str:
@@ -91,15 +99,14 @@ def _stage_text(problem: Problem, plan: Plan, at: int, index: int) -> str:
 
 def _kv_text(plan: Plan, at: int, layout: Layout) -> str:
     """What holds the batch back, where memory does."""
-    replica = plan.replicas[at]
-    tightest = min(replica.stages, key=lambda stage: stage.kv_blocks)
-    n = layout.batch * layout.micro_batches
-    return f"{n:.0f} sequences at once, KV of {_full(tightest)}"
+    tightest = min(plan.replicas[at].stages, key=lambda stage: stage.kv_blocks)
+    return f"{layout.batch * layout.micro_batches:.0f} sequences at once, KV of {_full(tightest)}"
 
 
 def _full(stage: Stage) -> str:
     n = f"{len(stage.devices)} devices" if len(stage.devices) > 1 else "a device"
-    return f"{n} full at {show_bytes(stage.needed_bytes)} of {show_bytes(stage.room_bytes)} each"
+    each = " each" if len(stage.devices) > 1 else ""
+    return f"{n} full at {show_bytes(stage.needed_bytes)} of {show_bytes(stage.room_bytes)}{each}"
 
 
 def _node_name(problem: Problem, part: Part) -> str:
