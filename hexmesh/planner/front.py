@@ -10,7 +10,9 @@ from hexmesh.errors import InvalidInput
 from hexmesh.planner.algorithms import (
     annealing,
     colocated,
+    columns,
     distserve,
+    exhaustive,
     genetic,
     greedy,
     helix,
@@ -86,7 +88,10 @@ def search(
 
 ALGORITHMS: Mapping[str, Search] = {
     "auto": greedy.search,
-    "greedy": greedy.search,
+    "exhaustive": exhaustive.search,
+    "columns": columns.search,
+    "annealing": annealing.search,
+    "genetic": genetic.search,
     "hexgen2": hexgen2.search,
     "hexgen2-wide": hexgen2.search_widely,
     "uniform": uniform.search,
@@ -94,8 +99,7 @@ ALGORITHMS: Mapping[str, Search] = {
     "petals": petals.search,
     "helix": helix.search,
     "colocated": colocated.search,
-    "genetic": genetic.search,
-    "annealing": annealing.search,
+    "greedy": greedy.search,
 }
 """All searches by name, the portfolio first."""
 
