@@ -28,7 +28,7 @@ from typing import Protocol
 import numpy as np
 
 from hexmesh.planner.layout_graph import Graph
-from hexmesh.planner.layout_tables import Floats, Step, Tables
+from hexmesh.planner.layout_tables import Floats, Option, Step, Tables
 from hexmesh.score.pipeline import Hop
 
 ROUNDING = 1e-11
@@ -57,6 +57,8 @@ class Fit:
     """Of its stages and of what its hops send."""
     around_s: float
     """All stages and hops, and the way back where tokens return."""
+    room: float
+    """Of its tightest stage, in sequences of mean context."""
 
 
 Weighted = Sequence[tuple[Step, float]]
@@ -336,7 +338,11 @@ class _Masked:
         if len(stages) > 1 and self._step.role != "prefill":
             assert back is not None
             around_s += back.delay_s
-        return Fit(stages=stages, slowest_s=max(*steps, *sends, 0.0), around_s=around_s)
+        room = min(self._option(one).room[one.start, one.stop] for one in stages)
+        return Fit(stages=stages, slowest_s=max(*steps, *sends, 0.0), around_s=around_s, room=float(room))
+
+    def _option(self, stage: Placed) -> Option:
+        return self._kernel.tables.options[self._kernel.options(stage.visit)[stage.tp]]
 
     def _hops(self, stages: Sequence[Placed]) -> Iterator[Hop]:
         for before, after in pairwise(stages):

@@ -66,8 +66,8 @@ class _NativeKernel:
 def _fit_of(found: tuple[Any, ...] | None) -> Fit | None:
     if found is None:
         return None
-    stages = tuple(Placed(*found[at : at + 4]) for at in range(2, len(found), 4))
-    return Fit(stages=stages, slowest_s=found[0], around_s=found[1])
+    stages = tuple(Placed(*found[at : at + 4]) for at in range(3, len(found), 4))
+    return Fit(stages=stages, slowest_s=found[0], around_s=found[1], room=found[2])
 
 
 def _packed_tables(tables: Tables) -> tuple[bytes, bytes]:
