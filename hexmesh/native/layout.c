@@ -120,32 +120,45 @@ static double payload_of(const struct tables *t, enum role role, double batch)
     return batch * (1 + (role == MIXED ? t->prompt_tokens / t->output_tokens : 0.0)) * t->token_bytes;
 }
 
+static double prompts_of(const struct tables *t, const struct step *step)
+{
+    return step->role == PREFILL ? 1.0 : step->role == MIXED ? step->batch / t->output_tokens : 0.0;
+}
+
+static double layer_s(const struct tables *t, const struct option *o, const struct step *step, const double *params, int k)
+{
+    const double batch = step->batch, prompt_s = prompts_of(t, step) * o->kinds[k].prompt_s;
+    if (step->role == PREFILL)
+        return prompt_s;
+    const double memory_s = params[k] * o->read_s + batch * o->kinds[k].kv_s, compute_s = batch * o->kinds[k].flop_s;
+    return prompt_s + (memory_s > compute_s ? memory_s : compute_s) + o->layer_s + batch * o->token_s;
+}
+
+static double fixed_s(const struct tables *t, const struct option *o, const struct step *step)
+{
+    return (prompts_of(t, step) + (step->role != PREFILL)) * o->step_s;
+}
+
+static double head_s(const struct tables *t, const struct option *o, const struct step *step)
+{
+    const double prompt_s = prompts_of(t, step) * o->prompt_head_s;
+    return step->role == PREFILL ? prompt_s : prompt_s + fmax(o->head_read_s, step->batch * o->head_flop_s);
+}
+
 /* Adds `weight` times the step's seconds to the arrays of an option. */
 static void add_seconds(const struct tables *t, const struct option *o, const struct step *step, const double *params,
-                        double weight, double *before, double *fixed_s, double *head_s)
+                        double weight, double *before, double *fixed, double *head)
 {
-    const double batch = step->batch;
-    const double prompts = step->role == PREFILL ? 1.0 : step->role == MIXED ? batch / t->output_tokens : 0.0;
-    const bool decodes = step->role != PREFILL;
-    double layer_s[MOST_KINDS];
-    for (int k = 0; k < t->n_kinds; k++) {
-        double seconds = prompts * o->kinds[k].prompt_s;
-        if (decodes) {
-            const double memory_s = params[k] * o->read_s + batch * o->kinds[k].kv_s;
-            const double compute_s = batch * o->kinds[k].flop_s;
-            seconds += (memory_s > compute_s ? memory_s : compute_s) + o->layer_s + batch * o->token_s;
-        }
-        layer_s[k] = weight * seconds;
-    }
-    double sum = 0;
+    double of_kind[MOST_KINDS], sum = 0;
+    for (int k = 0; k < t->n_kinds; k++)
+        of_kind[k] = weight * layer_s(t, o, step, params, k);
     for (int l = 0; l < t->n_layers; l++) {
         before[l] += sum;
-        sum += layer_s[t->kind_of_layer[l]];
+        sum += of_kind[t->kind_of_layer[l]];
     }
     before[t->n_layers] += sum;
-    *fixed_s += weight * (prompts + decodes) * o->step_s;
-    const double head_s_decode = fmax(o->head_read_s, batch * o->head_flop_s);
-    *head_s += weight * (prompts * o->prompt_head_s + (decodes ? head_s_decode : 0.0));
+    *fixed += weight * fixed_s(t, o, step);
+    *head += weight * head_s(t, o, step);
 }
 
 static void look_up_params(const struct tables *t, double batch, double *params)
@@ -693,6 +706,67 @@ static bool run_soonest(struct graph *g, const struct ask *ask, struct fit *fit)
     return true;
 }
 
+/* --- rates of a given layout, as hexmesh/score/capacity.py has them --- */
+
+struct seat {
+    const struct option *option;
+    int start, stop;
+};
+
+struct pipeline {
+    const struct tables *tables;
+    int n_seats;
+    struct seat *seats;
+    const struct hop *hops;
+    double back_s;
+};
+
+static double period_s(const struct pipeline *p, enum role role, double batch, int n_groups)
+{
+    const struct tables *t = p->tables;
+    const struct step step = {role, batch, payload_of(t, role, batch)};
+    double params[MOST_KINDS], around_s = p->back_s, slowest_s = 0;
+    look_up_params(t, batch, params);
+    for (int i = 0; i < p->n_seats; i++) {
+        const struct seat *seat = &p->seats[i];
+        double seconds = fixed_s(t, seat->option, &step);
+        for (int l = seat->start; l < seat->stop;) {
+            const int64_t kind = t->kind_of_layer[l];
+            int n_alike = 0;
+            for (; l < seat->stop && t->kind_of_layer[l] == kind; l++)
+                n_alike++;
+            seconds += n_alike * layer_s(t, seat->option, &step, params, (int)kind);
+        }
+        if (seat->stop == t->n_layers)
+            seconds += head_s(t, seat->option, &step);
+        around_s += seconds;
+        slowest_s = fmax(slowest_s, seconds);
+        if (i) {
+            around_s += p->hops[i - 1].delay_s + p->hops[i - 1].byte_s * step.payload;
+            slowest_s = fmax(slowest_s, p->hops[i - 1].byte_s * step.payload);
+        }
+    }
+    return fmax(slowest_s, around_s / n_groups);
+}
+
+/* The largest batch that memory and the limit allow, 0 if there is none. */
+static double largest_batch(const struct pipeline *p, enum role role, double most, int n_groups, double limit_s, int bisections)
+{
+    if (limit_s == INFINITY || n_groups * period_s(p, role, most, n_groups) <= limit_s)
+        return most;
+    if (n_groups * period_s(p, role, 1.0, n_groups) > limit_s)
+        return 0.0;
+    double low = 1.0, high = most;
+    for (int i = 0; i < bisections; i++) {
+        const double middle = (low + high) / 2;
+        if (n_groups * period_s(p, role, middle, n_groups) <= limit_s)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
+}
+
 /* --- from Python --- */
 
 static const char TABLES[] = "hexmesh.native.layout.tables", GRAPH[] = "hexmesh.native.layout.graph";
@@ -1035,7 +1109,65 @@ static PyObject *soonest_of(PyObject *module, PyObject *const *arguments, Py_ssi
     return asked(arguments, n, run_soonest);
 }
 
+PyDoc_STRVAR(rate_doc, "rate(tables, role, seats, hops, limit_s, most_groups, most_batch, bisections)\n\n"
+                       "(batch, n_groups, period_s) of the highest rate of a layout, batch 0 if there is none.\n"
+                       "seats (int64): option, start and stop of each; hops (float64): delay and seconds a byte of each,\n"
+                       "and the delay back.");
+
+static PyObject *rate(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    PyObject *capsule, *result = NULL;
+    int role, most_groups, bisections;
+    double limit_s, most_batch;
+    Py_buffer seats, hops;
+    if (!PyArg_ParseTuple(arguments, "Oiy*y*didi", &capsule, &role, &seats, &hops, &limit_s, &most_groups, &most_batch,
+                          &bisections))
+        return NULL;
+    const struct tables *t = PyCapsule_GetPointer(capsule, TABLES);
+    struct pipeline p = {.tables = t, .n_seats = (int)(seats.len / 24)};
+    const int64_t *counts = seats.buf;
+    const double *figures = hops.buf;
+    if (!t)
+        goto done;
+    if (role < 0 || role >= N_ROLES || p.n_seats < 1 || p.n_seats > t->n_layers || seats.len % 24 ||
+        hops.len != 8 * (2 * (p.n_seats - 1) + 1)) {
+        PyErr_SetString(PyExc_ValueError, "wrong counts");
+        goto done;
+    }
+    if (!(p.seats = calloc(p.n_seats, sizeof *p.seats))) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    double resident = INFINITY;
+    for (int i = 0; i < p.n_seats; i++, counts += 3) {
+        if (counts[0] < 0 || counts[0] >= t->n_options || counts[1] < 0 || counts[1] >= counts[2] || counts[2] > t->n_layers) {
+            PyErr_SetString(PyExc_ValueError, "no such option or layers");
+            goto done;
+        }
+        p.seats[i] = (struct seat){&t->options[counts[0]], (int)counts[1], (int)counts[2]};
+        resident = fmin(resident, p.seats[i].option->room[counts[1] * (t->n_layers + 1) + counts[2]]);
+    }
+    p.hops = (const struct hop *)figures;
+    p.back_s = figures[2 * (p.n_seats - 1)];
+    double best = 0, best_batch = 0, best_period_s = 1;
+    int best_groups = 1;
+    for (int n = 1; n <= most_groups && n <= resident; n++) {
+        const double batch = largest_batch(&p, (enum role)role, fmin(resident / n, most_batch), n, limit_s, bisections);
+        const double period = period_s(&p, (enum role)role, batch, n);
+        if (batch / period > best)
+            best = batch / period, best_batch = batch, best_period_s = period, best_groups = n;
+    }
+    result = Py_BuildValue("did", best_batch, best_groups, best_period_s);
+done:
+    free(p.seats);
+    PyBuffer_Release(&seats);
+    PyBuffer_Release(&hops);
+    return result;
+}
+
 static PyMethodDef METHODS[] = {
+    {"rate", rate, METH_VARARGS, rate_doc},
     {"tables", make_tables, METH_VARARGS, tables_doc},
     {"graph", make_graph, METH_VARARGS, graph_doc},
     {"fit", (PyCFunction)(void (*)(void))fit, METH_FASTCALL, fit_doc},
