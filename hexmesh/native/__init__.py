@@ -1,6 +1,7 @@
-"""C kernels for CPUs, one extension module a source file; optional, see setup.py.
+"""C kernels, one extension module a source file; optional, see setup.py.
 
-Each module says by `instruction_sets()` which it has kernels for on this CPU, best first.
+Those that compute on CPUs (MODULES) say by `instruction_sets()` which they have kernels for here, best first. `layout`
+searches layouts for the planner; without it the same search runs in Python, some hundred times slower.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ struct placed {
 
 struct fit {
     int n_stages;
-    double slowest_s, around_s;
+    double slowest_s, around_s, room;
 };
 
 struct step {
@@ -103,6 +103,9 @@ struct graph {
     int *visit_of, *reach, *came_from, *came_tp;
     double *sums, *entry, *leaving;
     int32_t *entered, *left_by;
+    double *rest;                               /* by layer */
+    int *need, *row_first, *row_last;           /* by state */
+    int *leaving_need, *leaving_first, *leaving_last; /* by visit */
     int16_t *start_of, *tp_of;
     struct placed *stack, *found;
     bool is_busy;
@@ -117,32 +120,45 @@ static double payload_of(const struct tables *t, enum role role, double batch)
     return batch * (1 + (role == MIXED ? t->prompt_tokens / t->output_tokens : 0.0)) * t->token_bytes;
 }
 
+static double prompts_of(const struct tables *t, const struct step *step)
+{
+    return step->role == PREFILL ? 1.0 : step->role == MIXED ? step->batch / t->output_tokens : 0.0;
+}
+
+static double layer_s(const struct tables *t, const struct option *o, const struct step *step, const double *params, int k)
+{
+    const double batch = step->batch, prompt_s = prompts_of(t, step) * o->kinds[k].prompt_s;
+    if (step->role == PREFILL)
+        return prompt_s;
+    const double memory_s = params[k] * o->read_s + batch * o->kinds[k].kv_s, compute_s = batch * o->kinds[k].flop_s;
+    return prompt_s + (memory_s > compute_s ? memory_s : compute_s) + o->layer_s + batch * o->token_s;
+}
+
+static double fixed_s(const struct tables *t, const struct option *o, const struct step *step)
+{
+    return (prompts_of(t, step) + (step->role != PREFILL)) * o->step_s;
+}
+
+static double head_s(const struct tables *t, const struct option *o, const struct step *step)
+{
+    const double prompt_s = prompts_of(t, step) * o->prompt_head_s;
+    return step->role == PREFILL ? prompt_s : prompt_s + fmax(o->head_read_s, step->batch * o->head_flop_s);
+}
+
 /* Adds `weight` times the step's seconds to the arrays of an option. */
 static void add_seconds(const struct tables *t, const struct option *o, const struct step *step, const double *params,
-                        double weight, double *before, double *fixed_s, double *head_s)
+                        double weight, double *before, double *fixed, double *head)
 {
-    const double batch = step->batch;
-    const double prompts = step->role == PREFILL ? 1.0 : step->role == MIXED ? batch / t->output_tokens : 0.0;
-    const bool decodes = step->role != PREFILL;
-    double layer_s[MOST_KINDS];
-    for (int k = 0; k < t->n_kinds; k++) {
-        double seconds = prompts * o->kinds[k].prompt_s;
-        if (decodes) {
-            const double memory_s = params[k] * o->read_s + batch * o->kinds[k].kv_s;
-            const double compute_s = batch * o->kinds[k].flop_s;
-            seconds += (memory_s > compute_s ? memory_s : compute_s) + o->layer_s + batch * o->token_s;
-        }
-        layer_s[k] = weight * seconds;
-    }
-    double sum = 0;
+    double of_kind[MOST_KINDS], sum = 0;
+    for (int k = 0; k < t->n_kinds; k++)
+        of_kind[k] = weight * layer_s(t, o, step, params, k);
     for (int l = 0; l < t->n_layers; l++) {
         before[l] += sum;
-        sum += layer_s[t->kind_of_layer[l]];
+        sum += of_kind[t->kind_of_layer[l]];
     }
     before[t->n_layers] += sum;
-    *fixed_s += weight * (prompts + decodes) * o->step_s;
-    const double head_s_decode = fmax(o->head_read_s, batch * o->head_flop_s);
-    *head_s += weight * (prompts * o->prompt_head_s + (decodes ? head_s_decode : 0.0));
+    *fixed += weight * fixed_s(t, o, step);
+    *head += weight * head_s(t, o, step);
 }
 
 static void look_up_params(const struct tables *t, double batch, double *params)
@@ -210,13 +226,13 @@ static void mask(struct graph *g, double resident, double slowest_s)
         find_ends(g->tables, &g->tables->options[g->used[i]], &g->stages[g->used[i]], resident, slowest_s);
 }
 
-static const struct stages *stages_of(const struct graph *g, int visit, int tp)
+static int option_of(const struct graph *g, const struct placed *placed)
 {
-    const struct visit *v = &g->visits[visit];
+    const struct visit *v = &g->visits[placed->visit];
     for (int i = 0; i < v->n_options; i++)
-        if (g->tables->options[v->options[i]].tp == tp)
-            return &g->stages[v->options[i]];
-    return NULL;
+        if (g->tables->options[v->options[i]].tp == placed->tp)
+            return (int)v->options[i];
+    return 0; /* not reached: degrees come from the options */
 }
 
 static struct hop hop_between(const struct graph *g, int src, int dst)
@@ -238,10 +254,13 @@ static struct fit figures_of(struct graph *g, const struct step *step, int n_sta
         g->stack[i] = g->stack[n_stages - 1 - i];
         g->stack[n_stages - 1 - i] = other;
     }
-    struct fit fit = {.n_stages = n_stages};
+    const int n = g->tables->n_layers;
+    struct fit fit = {.n_stages = n_stages, .room = INFINITY};
     for (int i = 0; i < n_stages; i++) {
         const struct placed *p = &g->stack[i];
-        const double seconds = seconds_of(stages_of(g, p->visit, p->tp), g->tables->n_layers, p->start, p->stop);
+        const int option = option_of(g, p);
+        const double seconds = seconds_of(&g->stages[option], n, p->start, p->stop);
+        fit.room = fmin(fit.room, g->tables->options[option].room[p->start * (n + 1) + p->stop]);
         fit.around_s += seconds;
         fit.slowest_s = fmax(fit.slowest_s, seconds);
         if (i) {
@@ -263,16 +282,11 @@ static double first_token_s(const struct graph *g, int n_stages)
     double sum = 0, fixed = 0, head = 0;
     for (int i = 0; i < n_stages; i++) {
         const struct placed *p = &g->stack[i];
-        const struct visit *v = &g->visits[p->visit];
-        for (int j = 0; j < v->n_options; j++) {
-            const struct option *o = &t->options[v->options[j]];
-            if (o->tp != p->tp)
-                continue;
-            for (int l = p->start; l < p->stop; l++)
-                sum += o->kinds[t->kind_of_layer[l]].prompt_s;
-            fixed += o->step_s;
-            head += p->stop == t->n_layers ? o->prompt_head_s : 0.0;
-        }
+        const struct option *o = &t->options[option_of(g, p)];
+        for (int l = p->start; l < p->stop; l++)
+            sum += o->kinds[t->kind_of_layer[l]].prompt_s;
+        fixed += o->step_s;
+        head += p->stop == t->n_layers ? o->prompt_head_s : 0.0;
         if (i) {
             const struct hop hop = hop_between(g, g->stack[i - 1].visit, p->visit);
             sum += hop.delay_s + hop.byte_s * prompt.payload;
@@ -335,20 +349,80 @@ static bool furthest(struct graph *g, const struct step *step, double slowest_s,
 
 /* --- the least sum --- */
 
+/* How many layers must be placed at a state so that what follows can place the rest: `furthest` from the other end. A
+   stage from the first layer is no part of what follows. */
+static void find_needs(struct graph *g, const struct step *step, double slowest_s)
+{
+    const int n = g->tables->n_layers, never = n + 1;
+    const bool may_stay = g->inside.byte_s * step->payload <= slowest_s;
+    for (int at = 0; at < g->n_visits; at++)
+        g->leaving_need[at] = g->visits[at].has_back ? n : never;
+    for (int at = g->n_visits - 1; at >= 0; at--) {
+        const struct visit *v = &g->visits[at];
+        int entering = never;
+        for (int taken = v->n_devices; taken >= 1; taken--) {
+            const int state = v->first_state + taken - 1;
+            int need = g->leaving_need[at];
+            for (int i = 0; may_stay && i < v->n_options; i++) {
+                const int tp = g->tables->options[v->options[i]].tp;
+                const int after = taken + tp <= v->n_devices ? g->need[state + tp] : never;
+                if (after <= n && g->stages[v->options[i]].first_start[after] < after && g->stages[v->options[i]].first_start[after] < need)
+                    need = g->stages[v->options[i]].first_start[after];
+            }
+            g->need[state] = need;
+            for (int i = 0; i < v->n_options; i++)
+                if (g->tables->options[v->options[i]].tp == taken && need <= n) {
+                    const int start = g->stages[v->options[i]].first_start[need];
+                    if (start < need && start < entering)
+                        entering = start;
+                }
+        }
+        for (int i = 0; i < v->n_entries; i++)
+            if (v->entries[i].hop.byte_s * step->payload <= slowest_s && entering < g->leaving_need[v->entries[i].visit])
+                g->leaving_need[v->entries[i].visit] = entering;
+    }
+}
+
+/* Sums by layers placed; those from first to last are set, the others are infinite. */
 struct row {
     double *sums;
     int16_t *starts, *tps;
+    int first, last;
 };
 
-/* Lowers a row by stages of one option that begin where `source` ends, at the least for each stop: a moving window. */
-static void extend(const struct stages *s, int n, int tp, const double *source, double hop_cost, struct row row)
+static void lower(struct row *row, int stop, double sum, int start, int tp)
+{
+    if (stop > row->last) {
+        for (int l = row->last + 1; l < stop; l++)
+            row->sums[l] = INFINITY;
+        row->last = stop;
+    } else if (sum >= row->sums[stop]) {
+        return;
+    }
+    row->sums[stop] = sum;
+    row->starts[stop] = (int16_t)start;
+    row->tps[stop] = (int16_t)tp;
+}
+
+/* Lowers a row by stages of one option that begin where `source` ends, at the least for each stop: a moving window.
+   `rest` is what all layers from one on cost at least, `limit` the most that a sum may come to. */
+static void extend(const struct stages *s, int n, int tp, const double *source, int source_first, int source_last,
+                   double hop_cost, const double *rest, double limit, struct row *row)
 {
     int16_t starts[MOST_LAYERS + 1];
     double keys[MOST_LAYERS + 1];
     int head = 0, tail = 0;
-    for (int stop = 2; stop <= n; stop++) {
-        const int start = stop - 1;
-        if (source[start] < INFINITY) {
+    if (source_last > n - 1)
+        source_last = n - 1;
+    if (source_first > source_last)
+        return;
+    int stop = source_first + 1 > row->first ? source_first + 1 : row->first;
+    const int last = s->last_stop[source_last] > source_last ? s->last_stop[source_last] : source_last;
+    int start = stop <= n && s->first_start[stop] > source_first ? s->first_start[stop] : source_first;
+    for (; stop <= last; stop++) {
+        for (; start < stop && start <= source_last; start++) {
+            if (source[start] + rest[start] > limit)
+                continue;
             const double key = source[start] - s->cost[start];
             while (tail > head && keys[tail - 1] >= key)
                 tail--;
@@ -357,29 +431,18 @@ static void extend(const struct stages *s, int n, int tp, const double *source, 
         }
         while (head < tail && starts[head] < s->first_start[stop])
             head++;
-        if (head == tail)
-            continue;
-        const double sum = keys[head] + hop_cost + s->cost[stop] + s->fixed_cost + (stop == n ? s->head_cost : 0.0);
-        if (sum < row.sums[stop]) {
-            row.sums[stop] = sum;
-            row.starts[stop] = starts[head];
-            row.tps[stop] = (int16_t)tp;
-        }
+        if (head < tail)
+            lower(row, stop, keys[head] + hop_cost + s->cost[stop] + s->fixed_cost + (stop == n ? s->head_cost : 0.0),
+                  starts[head], tp);
     }
 }
 
 /* The same for the first stage of a pipeline. */
-static void begin(const struct stages *s, int n, int tp, struct row row)
+static void begin(const struct stages *s, int n, int tp, struct row *row)
 {
     const int last = s->is_zero_whole ? n : s->zero_stop;
-    for (int stop = 1; stop <= last; stop++) {
-        const double sum = cost_of(s, n, 0, stop);
-        if (sum < row.sums[stop]) {
-            row.sums[stop] = sum;
-            row.starts[stop] = 0;
-            row.tps[stop] = (int16_t)tp;
-        }
-    }
+    for (int stop = row->first > 1 ? row->first : 1; stop <= last; stop++)
+        lower(row, stop, cost_of(s, n, 0, stop), 0, tp);
 }
 
 static void weigh(struct graph *g, const struct step *step, const double *params, double step_weight, double prompt_weight)
@@ -414,70 +477,119 @@ static int unwind(struct graph *g, int state, int stop)
     return n_stages;
 }
 
-/* The layout with the least weighted sum of the step's way around and of a prompt's; *least is that sum. */
+/* What the layers from each on cost at least, each on the option that takes it soonest. */
+static void find_rest(struct graph *g)
+{
+    const int n = g->tables->n_layers;
+    g->rest[n] = 0;
+    for (int l = n - 1; l >= 0; l--) {
+        double least = INFINITY;
+        for (int i = 0; i < g->n_used; i++) {
+            const double *cost = g->stages[g->used[i]].cost;
+            least = fmin(least, cost[l + 1] - cost[l]);
+        }
+        g->rest[l] = g->rest[l + 1] + least;
+    }
+}
+
+/* Costs of entering a visit, by layers placed. Returns the last that is set; the first is *first. */
+static int enter(struct graph *g, int at, const struct step *step, double slowest_s, double weight, double bytes, int *first)
+{
+    const struct visit *v = &g->visits[at];
+    const int n = g->tables->n_layers, width = n + 1;
+    int32_t *entered = g->entered + (size_t)at * width;
+    int last = 0;
+    *first = n + 1;
+    for (int i = 0; i < v->n_entries; i++) {
+        const int before = v->entries[i].visit;
+        if (v->entries[i].hop.byte_s * step->payload <= slowest_s && g->leaving_first[before] <= g->leaving_last[before]) {
+            *first = *first < g->leaving_first[before] ? *first : g->leaving_first[before];
+            last = last > g->leaving_last[before] ? last : g->leaving_last[before];
+        }
+    }
+    for (int l = *first; l <= last; l++)
+        g->entry[l] = INFINITY;
+    for (int i = 0; i < v->n_entries; i++) {
+        const struct entry *e = &v->entries[i];
+        if (e->hop.byte_s * step->payload > slowest_s)
+            continue;
+        const double hop_cost = weight * e->hop.delay_s + bytes * e->hop.byte_s;
+        const double *source = g->leaving + (size_t)e->visit * width;
+        const int32_t *by = g->left_by + (size_t)e->visit * width;
+        for (int l = g->leaving_first[e->visit]; l <= g->leaving_last[e->visit]; l++)
+            if (source[l] + hop_cost < g->entry[l])
+                g->entry[l] = source[l] + hop_cost, entered[l] = by[l];
+    }
+    return last;
+}
+
+/* The layout with the least weighted sum of the step's way around and of a prompt's, if that is within the limit;
+   *least is that sum. */
 static bool soonest(struct graph *g, const struct step *step, const double *params, double slowest_s, double step_weight,
-                    double prompt_weight, struct fit *fit, double *least)
+                    double prompt_weight, double limit, struct fit *fit, double *least)
 {
     const struct tables *t = g->tables;
     const int n = t->n_layers, width = n + 1;
     const double bytes = step_weight * step->payload + prompt_weight * payload_of(t, PREFILL, 1.0);
     const double weight = step_weight + prompt_weight, back_weight = step->role == PREFILL ? 0.0 : step_weight;
+    const double inside_cost = weight * g->inside.delay_s + bytes * g->inside.byte_s;
     const bool may_stay = g->inside.byte_s * step->payload <= slowest_s;
     double best = INFINITY, alone = INFINITY;
-    int last = -1, alone_visit = -1, alone_tp = 0;
+    int best_state = -1, alone_visit = -1, alone_tp = 0;
     weigh(g, step, params, step_weight, prompt_weight);
+    find_rest(g);
+    find_needs(g, step, slowest_s);
     for (int at = 0; at < g->n_visits; at++) {
         const struct visit *v = &g->visits[at];
-        double *entry = g->entry, *leaving = g->leaving + (size_t)at * width;
-        int32_t *entered = g->entered + (size_t)at * width, *left_by = g->left_by + (size_t)at * width;
-        for (int l = 0; l <= n; l++)
-            entry[l] = leaving[l] = INFINITY;
-        for (int i = 0; i < v->n_entries; i++) {
-            const struct entry *e = &v->entries[i];
-            if (e->hop.byte_s * step->payload > slowest_s)
-                continue;
-            const double hop_cost = weight * e->hop.delay_s + bytes * e->hop.byte_s;
-            const double *source = g->leaving + (size_t)e->visit * width;
-            const int32_t *by = g->left_by + (size_t)e->visit * width;
-            for (int l = 1; l < n; l++)
-                if (source[l] + hop_cost < entry[l])
-                    entry[l] = source[l] + hop_cost, entered[l] = by[l];
-        }
+        double *leaving = g->leaving + (size_t)at * width;
+        int32_t *left_by = g->left_by + (size_t)at * width;
+        int entry_first, leaving_first = n + 1, leaving_last = 0;
+        const int entry_last = enter(g, at, step, slowest_s, weight, bytes, &entry_first);
         for (int taken = 1; taken <= v->n_devices; taken++) {
             const int state = v->first_state + taken - 1;
             struct row row = {g->sums + (size_t)state * width, g->start_of + (size_t)state * width,
-                              g->tp_of + (size_t)state * width};
-            for (int l = 0; l <= n; l++)
-                row.sums[l] = INFINITY;
+                              g->tp_of + (size_t)state * width, g->need[state], g->need[state] - 1};
             for (int i = 0; i < v->n_options; i++) {
                 const struct stages *s = &g->stages[v->options[i]];
                 const int tp = t->options[v->options[i]].tp;
                 if (tp == taken && v->is_first) {
-                    begin(s, n, tp, row);
+                    begin(s, n, tp, &row);
                     if (s->is_zero_whole && cost_of(s, n, 0, n) < alone)
                         alone = cost_of(s, n, 0, n), alone_visit = at, alone_tp = tp;
                 } else if (tp == taken) {
-                    extend(s, n, tp, entry, 0.0, row);
+                    extend(s, n, tp, g->entry, entry_first, entry_last, 0.0, g->rest, limit, &row);
                 } else if (tp < taken && may_stay) {
-                    extend(s, n, tp, g->sums + (size_t)(state - tp) * width,
-                           weight * g->inside.delay_s + bytes * g->inside.byte_s, row);
+                    extend(s, n, tp, g->sums + (size_t)(state - tp) * width, g->row_first[state - tp], g->row_last[state - tp],
+                           inside_cost, g->rest, limit, &row);
                 }
             }
-            for (int l = 1; l <= n; l++)
+            g->row_first[state] = row.first;
+            g->row_last[state] = row.last;
+            if (row.first > row.last)
+                continue;
+            const int low = leaving_first < row.first ? leaving_first : row.first;
+            const int high = leaving_last > row.last ? leaving_last : row.last;
+            for (int l = low; l <= high; l++)
+                if (l < leaving_first || l > leaving_last)
+                    leaving[l] = INFINITY;
+            leaving_first = low, leaving_last = high;
+            for (int l = row.first; l <= row.last; l++)
                 if (row.sums[l] < leaving[l])
                     leaving[l] = row.sums[l], left_by[l] = state;
         }
-        if (v->has_back && leaving[n] + back_weight * v->back_s < best)
-            best = leaving[n] + back_weight * v->back_s, last = left_by[n];
+        if (v->has_back && leaving_last == n && leaving[n] + back_weight * v->back_s < best)
+            best = leaving[n] + back_weight * v->back_s, best_state = left_by[n];
+        g->leaving_first[at] = leaving_first;
+        g->leaving_last[at] = leaving_last < n ? leaving_last : n - 1;
     }
     *least = fmin(best, alone);
-    if (*least == INFINITY)
+    if (!(*least <= limit) || *least == INFINITY)
         return false;
     int n_stages = 1;
     if (alone <= best)
         g->stack[0] = (struct placed){alone_visit, alone_tp, 0, n};
     else
-        n_stages = unwind(g, last, n);
+        n_stages = unwind(g, best_state, n);
     *fit = figures_of(g, step, n_stages);
     return true;
 }
@@ -497,14 +609,13 @@ static bool both_in_time(struct graph *g, const struct step *step, const double 
 {
     double low = 0, high = 1, least;
     const double ttft_s = g->tables->ttft_s;
-    if (!soonest(g, step, params, slowest_s, 0.0, 1.0, fit, &least) || first_token_s(g, fit->n_stages) > ttft_s)
+    if (!soonest(g, step, params, slowest_s, 0.0, 1.0, ttft_s * (1 + ROUNDING), fit, &least))
         return false;
     for (int i = 0; i < WEIGHTS; i++) {
         if (is_in_time(g, step, fit, around_s))
             return true;
         const double weight = (low + high) / 2;
-        soonest(g, step, params, slowest_s, (1 - weight) / around_s, weight / ttft_s, fit, &least);
-        if (least > 1 + ROUNDING)
+        if (!soonest(g, step, params, slowest_s, (1 - weight) / around_s, weight / ttft_s, 1 + ROUNDING, fit, &least))
             return false; /* no layout keeps both */
         if (fit->around_s <= around_s)
             low = weight;
@@ -541,7 +652,7 @@ static bool find_fit(struct graph *g, const struct step *step, const double *par
         return false;
     if (is_in_time(g, step, fit, around_s))
         return true;
-    if (!soonest(g, step, params, slowest_s, 1.0, 0.0, fit, &least) || fit->around_s > around_s)
+    if (!soonest(g, step, params, slowest_s, 1.0, 0.0, around_s * (1 + ROUNDING), fit, &least) || fit->around_s > around_s)
         return false;
     return is_in_time(g, step, fit, around_s) || both_in_time(g, step, params, slowest_s, around_s, fit);
 }
@@ -589,10 +700,71 @@ static bool run_soonest(struct graph *g, const struct ask *ask, struct fit *fit)
     double params[MOST_KINDS], least;
     prepare(g, &ask->step, params);
     mask(g, ask->resident, INFINITY);
-    if (!soonest(g, &ask->step, params, INFINITY, ask->n_groups, ask->period_s, fit, &least))
+    if (!soonest(g, &ask->step, params, INFINITY, ask->n_groups, ask->period_s, INFINITY, fit, &least))
         return false;
     memcpy(g->found, g->stack, sizeof *g->found * fit->n_stages);
     return true;
+}
+
+/* --- rates of a given layout, as hexmesh/score/capacity.py has them --- */
+
+struct seat {
+    const struct option *option;
+    int start, stop;
+};
+
+struct pipeline {
+    const struct tables *tables;
+    int n_seats;
+    struct seat *seats;
+    const struct hop *hops;
+    double back_s;
+};
+
+static double period_s(const struct pipeline *p, enum role role, double batch, int n_groups)
+{
+    const struct tables *t = p->tables;
+    const struct step step = {role, batch, payload_of(t, role, batch)};
+    double params[MOST_KINDS], around_s = p->back_s, slowest_s = 0;
+    look_up_params(t, batch, params);
+    for (int i = 0; i < p->n_seats; i++) {
+        const struct seat *seat = &p->seats[i];
+        double seconds = fixed_s(t, seat->option, &step);
+        for (int l = seat->start; l < seat->stop;) {
+            const int64_t kind = t->kind_of_layer[l];
+            int n_alike = 0;
+            for (; l < seat->stop && t->kind_of_layer[l] == kind; l++)
+                n_alike++;
+            seconds += n_alike * layer_s(t, seat->option, &step, params, (int)kind);
+        }
+        if (seat->stop == t->n_layers)
+            seconds += head_s(t, seat->option, &step);
+        around_s += seconds;
+        slowest_s = fmax(slowest_s, seconds);
+        if (i) {
+            around_s += p->hops[i - 1].delay_s + p->hops[i - 1].byte_s * step.payload;
+            slowest_s = fmax(slowest_s, p->hops[i - 1].byte_s * step.payload);
+        }
+    }
+    return fmax(slowest_s, around_s / n_groups);
+}
+
+/* The largest batch that memory and the limit allow, 0 if there is none. */
+static double largest_batch(const struct pipeline *p, enum role role, double most, int n_groups, double limit_s, int bisections)
+{
+    if (limit_s == INFINITY || n_groups * period_s(p, role, most, n_groups) <= limit_s)
+        return most;
+    if (n_groups * period_s(p, role, 1.0, n_groups) > limit_s)
+        return 0.0;
+    double low = 1.0, high = most;
+    for (int i = 0; i < bisections; i++) {
+        const double middle = (low + high) / 2;
+        if (n_groups * period_s(p, role, middle, n_groups) <= limit_s)
+            low = middle;
+        else
+            high = middle;
+    }
+    return low;
 }
 
 /* --- from Python --- */
@@ -696,7 +868,8 @@ static void drop_graph(struct graph *g)
     void *const owned[] = {g->visits,   g->entries, g->counts,  g->used,    g->stages, g->numbers,
                            g->ends,     g->visit_of, g->reach,  g->came_from, g->came_tp, g->sums,
                            g->entry,    g->leaving, g->entered, g->left_by, g->start_of, g->tp_of,
-                           g->stack,    g->found};
+                           g->stack,    g->found,   g->rest,    g->need,    g->row_first, g->row_last,
+                           g->leaving_need, g->leaving_first, g->leaving_last};
     for (size_t i = 0; i < sizeof owned / sizeof *owned; i++)
         free(owned[i]);
     Py_XDECREF(g->tables_capsule);
@@ -771,10 +944,18 @@ static bool make_room(struct graph *g)
     g->leaving = calloc(visits * width + 1, sizeof *g->leaving);
     g->entered = calloc(visits * width + 1, sizeof *g->entered);
     g->left_by = calloc(visits * width + 1, sizeof *g->left_by);
+    g->rest = calloc(width, sizeof *g->rest);
+    g->need = calloc(states + 1, sizeof *g->need);
+    g->row_first = calloc(states + 1, sizeof *g->row_first);
+    g->row_last = calloc(states + 1, sizeof *g->row_last);
+    g->leaving_need = calloc(visits + 1, sizeof *g->leaving_need);
+    g->leaving_first = calloc(visits + 1, sizeof *g->leaving_first);
+    g->leaving_last = calloc(visits + 1, sizeof *g->leaving_last);
     g->stack = calloc(width, sizeof *g->stack);
     g->found = calloc(width, sizeof *g->found);
     if (!(g->used && g->stages && g->numbers && g->ends && g->visit_of && g->reach && g->came_from && g->came_tp &&
-          g->sums && g->start_of && g->tp_of && g->entry && g->leaving && g->entered && g->left_by && g->stack && g->found))
+          g->sums && g->start_of && g->tp_of && g->entry && g->leaving && g->entered && g->left_by && g->stack && g->found && g->rest && g->need &&
+          g->row_first && g->row_last && g->leaving_need && g->leaving_first && g->leaving_last))
         return false;
     for (int i = 0; i < g->n_used; i++) {
         struct stages *s = &g->stages[g->used[i]];
@@ -846,19 +1027,20 @@ done:
     return capsule;
 }
 
-/* (slowest_s, around_s, visit, tp, start, stop of every stage), or None. */
+/* (slowest_s, around_s, room, visit, tp, start, stop of every stage), or None. */
 static PyObject *answer(const struct graph *g, const struct fit *fit)
 {
-    PyObject *found = PyTuple_New(2 + 4 * (Py_ssize_t)fit->n_stages);
+    PyObject *found = PyTuple_New(3 + 4 * (Py_ssize_t)fit->n_stages);
     if (!found)
         return NULL;
     PyTuple_SET_ITEM(found, 0, PyFloat_FromDouble(fit->slowest_s));
     PyTuple_SET_ITEM(found, 1, PyFloat_FromDouble(fit->around_s));
+    PyTuple_SET_ITEM(found, 2, PyFloat_FromDouble(fit->room));
     for (int i = 0; i < fit->n_stages; i++) {
         const struct placed *p = &g->found[i];
         const int values[] = {p->visit, p->tp, p->start, p->stop};
         for (int j = 0; j < 4; j++)
-            PyTuple_SET_ITEM(found, 2 + 4 * i + j, PyLong_FromLong(values[j]));
+            PyTuple_SET_ITEM(found, 3 + 4 * i + j, PyLong_FromLong(values[j]));
     }
     if (PyErr_Occurred())
         Py_CLEAR(found);
@@ -927,7 +1109,65 @@ static PyObject *soonest_of(PyObject *module, PyObject *const *arguments, Py_ssi
     return asked(arguments, n, run_soonest);
 }
 
+PyDoc_STRVAR(rate_doc, "rate(tables, role, seats, hops, limit_s, most_groups, most_batch, bisections)\n\n"
+                       "(batch, n_groups, period_s) of the highest rate of a layout, batch 0 if there is none.\n"
+                       "seats (int64): option, start and stop of each; hops (float64): delay and seconds a byte of each,\n"
+                       "and the delay back.");
+
+static PyObject *rate(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    PyObject *capsule, *result = NULL;
+    int role, most_groups, bisections;
+    double limit_s, most_batch;
+    Py_buffer seats, hops;
+    if (!PyArg_ParseTuple(arguments, "Oiy*y*didi", &capsule, &role, &seats, &hops, &limit_s, &most_groups, &most_batch,
+                          &bisections))
+        return NULL;
+    const struct tables *t = PyCapsule_GetPointer(capsule, TABLES);
+    struct pipeline p = {.tables = t, .n_seats = (int)(seats.len / 24)};
+    const int64_t *counts = seats.buf;
+    const double *figures = hops.buf;
+    if (!t)
+        goto done;
+    if (role < 0 || role >= N_ROLES || p.n_seats < 1 || p.n_seats > t->n_layers || seats.len % 24 ||
+        hops.len != 8 * (2 * (p.n_seats - 1) + 1)) {
+        PyErr_SetString(PyExc_ValueError, "wrong counts");
+        goto done;
+    }
+    if (!(p.seats = calloc(p.n_seats, sizeof *p.seats))) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    double resident = INFINITY;
+    for (int i = 0; i < p.n_seats; i++, counts += 3) {
+        if (counts[0] < 0 || counts[0] >= t->n_options || counts[1] < 0 || counts[1] >= counts[2] || counts[2] > t->n_layers) {
+            PyErr_SetString(PyExc_ValueError, "no such option or layers");
+            goto done;
+        }
+        p.seats[i] = (struct seat){&t->options[counts[0]], (int)counts[1], (int)counts[2]};
+        resident = fmin(resident, p.seats[i].option->room[counts[1] * (t->n_layers + 1) + counts[2]]);
+    }
+    p.hops = (const struct hop *)figures;
+    p.back_s = figures[2 * (p.n_seats - 1)];
+    double best = 0, best_batch = 0, best_period_s = 1;
+    int best_groups = 1;
+    for (int n = 1; n <= most_groups && n <= resident; n++) {
+        const double batch = largest_batch(&p, (enum role)role, fmin(resident / n, most_batch), n, limit_s, bisections);
+        const double period = period_s(&p, (enum role)role, batch, n);
+        if (batch / period > best)
+            best = batch / period, best_batch = batch, best_period_s = period, best_groups = n;
+    }
+    result = Py_BuildValue("did", best_batch, best_groups, best_period_s);
+done:
+    free(p.seats);
+    PyBuffer_Release(&seats);
+    PyBuffer_Release(&hops);
+    return result;
+}
+
 static PyMethodDef METHODS[] = {
+    {"rate", rate, METH_VARARGS, rate_doc},
     {"tables", make_tables, METH_VARARGS, tables_doc},
     {"graph", make_graph, METH_VARARGS, graph_doc},
     {"fit", (PyCFunction)(void (*)(void))fit, METH_FASTCALL, fit_doc},

@@ -20,15 +20,16 @@ windows. It answers where the kernel was not built, some hundred times slower.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from hexmesh.planner.layout_graph import Graph
-from hexmesh.planner.layout_tables import Floats, Step, Tables
+from hexmesh.planner.layout_tables import Floats, Option, Step, Tables
 from hexmesh.score.pipeline import Hop
 
 ROUNDING = 1e-11
@@ -57,7 +58,12 @@ class Fit:
     """Of its stages and of what its hops send."""
     around_s: float
     """All stages and hops, and the way back where tokens return."""
+    room: float
+    """Of its tightest stage, in sequences of mean context."""
 
+
+_State = tuple[int, int]
+"""(visit, devices of its pool taken)"""
 
 Weighted = Sequence[tuple[Step, float]]
 """Steps, each with the weight of its way around in a sum."""
@@ -151,6 +157,46 @@ class TwinKernel:
         return self._graph
 
 
+@dataclass(frozen=True, slots=True)
+class _Came:
+    """How a state got furthest: so many layers placed, by a stage of `tp` devices after another state."""
+
+    stop: int
+    state: _State | None
+    tp: int
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Least seconds by layers placed, and how each came about: from which start and state, by how many devices."""
+
+    least_s: Floats
+    starts: npt.NDArray[np.int64]
+    tps: npt.NDArray[np.int64]
+    states: list[_State | None]
+
+    @staticmethod
+    def none(n_layers: int) -> _Sums:
+        zeros = np.zeros(n_layers + 1, np.int64)
+        return _Sums(np.full(n_layers + 1, math.inf), zeros, zeros.copy(), [None] * (n_layers + 1))
+
+    def lower(self, least_s: Floats, state: _State | None, tp: int) -> None:
+        """Take what is less, layers being as they were."""
+        for stop in np.flatnonzero(least_s < self.least_s).tolist():
+            self.least_s[stop], self.starts[stop] = least_s[stop], stop
+            self.states[stop], self.tps[stop] = state, tp
+
+    def extend(self, source: _Sums, hop_s: float, stage_s: Floats, state: _State | None, tp: int) -> None:
+        """Take what is less with one more stage after `source`, which is an entry where `state` is None."""
+        sums = source.least_s[:, None] + hop_s + stage_s  # (start, stop)
+        starts = sums.argmin(axis=0)
+        least_s = np.take_along_axis(sums, starts[None, :], axis=0)[0]
+        for stop in np.flatnonzero(least_s < self.least_s).tolist():
+            start = int(starts[stop])
+            self.least_s[stop], self.starts[stop], self.tps[stop] = least_s[stop], start, tp
+            self.states[stop] = source.states[start] if state is None else state
+
+
 class _Masked:
     """One step's stages and hops, those left out that do not fit."""
 
@@ -166,86 +212,79 @@ class _Masked:
 
     def furthest(self) -> Fit | None:
         """A layout that places all layers, if one can."""
-        n_layers, came = self._n_layers, dict[tuple[int, int], tuple[tuple[int, int] | None, int, int]]()
+        came = dict[_State, _Came]()
         stops = {at: _last_stops(fits) for at, fits in self._fits.items()}
         for at, visit in enumerate(self._graph.visits):
-            furthest = n_layers if visit.back is not None else n_layers - 1  # others must end it
-            start: tuple[int, tuple[int, int] | None] = (0, None) if visit.is_first else (-1, None)
-            for state in self._states_before(at, came):
-                start = max(start, (came[state][2], state), key=lambda one: one[0])
+            furthest = self._n_layers if visit.back is not None else self._n_layers - 1  # others must end it
+            begin = _Came(0, None, 0) if visit.is_first else None
+            entered = [_Came(came[state].stop, state, 0) for state, _ in self._entered_from(at, came)]
+            entry = max(entered, key=lambda one: one.stop, default=begin)
             for taken in range(1, self._n_devices(at) + 1):
-                best = (-1, 0, None)  # layers, tp, state before
+                best: _Came | None = None
                 for tp, option in self._kernel.options(at).items():
-                    before = (at, taken - tp)
-                    if tp == taken:
-                        placed, state = start
-                    elif tp < taken and before in came and self._may_send(self._graph.inside):
-                        placed, state = came[before][2], before
-                    else:
+                    before = self._before(at, taken, tp, entry, came)
+                    if before is None or before.stop >= self._n_layers:
                         continue
-                    stop = min(int(stops[option][placed]), furthest) if placed >= 0 else -1
-                    if stop > max(placed, best[0]):
-                        best = (stop, tp, state)
-                if best[0] > 0:
-                    came[at, taken] = (best[2], best[1], best[0])
-                if best[0] == n_layers:
-                    return self._fit(self._stages_to((at, taken), came))
+                    stop = min(int(stops[option][before.stop]), furthest)
+                    if stop > max(before.stop, best.stop if best else 0):
+                        best = _Came(stop, before.state, tp)
+                if best is not None:
+                    came[at, taken] = best
+                    if best.stop == self._n_layers:
+                        return self._fit(self._stages_to((at, taken), came))
         return None
+
+    def _before(
+        self, at: int, taken: int, tp: int, entry: _Came | None, came: Mapping[_State, _Came]
+    ) -> _Came | None:
+        """Where a stage of so many devices, the last of those taken, begins."""
+        if tp == taken:
+            return entry
+        state = at, taken - tp
+        if state not in came or not self._may_send(self._graph.inside):
+            return None
+        return _Came(came[state].stop, state, 0)
 
     def soonest(self, weighted: Weighted) -> Fit | None:
         """The layout with the least sum of stages and hops, each step's times its weight."""
-        seconds = self._weighted(weighted)
-        n_ends = self._n_layers + 1
-        sums = dict[tuple[int, int], Floats]()
-        came = dict[tuple[int, int, int], tuple[tuple[int, int] | None, int, int]]()
-        best, last = math.inf, (0, 0)
-        alone: tuple[float, int, int] = (math.inf, 0, 0)
+        seconds, sums = self._weighted(weighted), dict[_State, _Sums]()
+        inside_s = self._hop_s(self._graph.inside, weighted)
+        found: tuple[float, _State] | None = None
+        alone: tuple[float, Placed] | None = None
         for at, visit in enumerate(self._graph.visits):
-            entry, entered = np.full(n_ends, math.inf), np.zeros(n_ends, int)
-            states = list(self._states_before(at, sums))
+            entry = _Sums.none(self._n_layers)
             if visit.is_first:
-                entry[0] = 0.0
-            for index, state in enumerate(states):
-                hop = next(entry.hop for entry in visit.entries if entry.visit == state[0])
-                reached = sums[state] + self._hop_s(hop, weighted)
-                entered = np.where(reached < entry, index, entered)
-                entry = np.minimum(entry, reached)
-            inside_s = self._hop_s(self._graph.inside, weighted)
+                entry.least_s[0] = 0.0
+            for state, hop in self._entered_from(at, sums):
+                entry.lower(sums[state].least_s + self._hop_s(hop, weighted), state, 0)
             for taken in range(1, self._n_devices(at) + 1):
-                total = np.full(n_ends, math.inf)
+                row = sums[at, taken] = _Sums.none(self._n_layers)
                 for tp, option in self._kernel.options(at).items():
                     if tp == taken:
-                        before = entry
-                    elif (at, taken - tp) in sums and self._may_send(self._graph.inside):
-                        before = sums[at, taken - tp] + inside_s
-                    else:
-                        continue
-                    reached = before[:, None] + seconds[option]
-                    starts = reached.argmin(axis=0)
-                    reached = reached[starts, np.arange(n_ends)]
-                    for stop in np.flatnonzero(reached < total):
-                        start = int(starts[stop])
-                        state = (at, taken - tp) if tp < taken else None
-                        if tp == taken and not visit.is_first:
-                            state = states[entered[start]]
-                        came[at, taken, int(stop)] = (state, tp, start)
-                    total = np.minimum(total, reached)
-                    if visit.is_first and tp == taken and seconds[option][0, -1] < alone[0]:
-                        alone = (float(seconds[option][0, -1]), at, tp)
-                sums[at, taken] = total
+                        row.extend(entry, 0.0, seconds[option], None, tp)
+                        whole = Placed(at, tp, 0, self._n_layers)
+                        if visit.is_first and (alone is None or seconds[option][0, -1] < alone[0]):
+                            alone = float(seconds[option][0, -1]), whole
+                    elif tp < taken and self._may_send(self._graph.inside):
+                        row.extend(sums[at, taken - tp], inside_s, seconds[option], (at, taken - tp), tp)
                 back_s = math.inf if visit.back is None else self._back_s(visit.back, weighted)
-                if total[-1] + back_s < best:
-                    best, last = float(total[-1] + back_s), (at, taken)
-        if alone[0] <= best and alone[0] < math.inf:
-            return self._fit((Placed(alone[1], alone[2], 0, self._n_layers),))
-        if best == math.inf:
+                total_s = float(row.least_s[-1]) + back_s
+                if found is None or total_s < found[0]:
+                    found = total_s, (at, taken)
+        if alone is not None and alone[0] < math.inf and (found is None or alone[0] <= found[0]):
+            return self._fit((alone[1],))
+        if found is None or found[0] == math.inf:
             return None
-        found, state, stop = list[Placed](), last, self._n_layers
-        while state is not None:
-            before_state, tp, start = came[*state, stop]
-            found.append(Placed(state[0], tp, start, stop))
-            state, stop = before_state, start
-        return self._fit(tuple(reversed(found)))
+        return self._fit(self._unwound(found[1], sums))
+
+    def _unwound(self, last: _State, sums: Mapping[_State, _Sums]) -> tuple[Placed, ...]:
+        stages, state, stop = list[Placed](), last, self._n_layers
+        while stop > 0:
+            row = sums[state]
+            start, tp = int(row.starts[stop]), int(row.tps[stop])
+            stages.append(Placed(state[0], tp, start, stop))
+            state, stop = row.states[stop] or state, start
+        return tuple(reversed(stages))
 
     def is_in_time(self, found: Fit, around_s: float) -> bool:
         """Whether a layout keeps the limit of the way around and, computing prompts too, that to the first token."""
@@ -290,13 +329,13 @@ class _Masked:
                     total[at] = total[at] + weight * np.where(np.isfinite(seconds), seconds, 0.0)
         return total
 
-    def _states_before(self, at: int, known: dict[tuple[int, int], object]) -> Iterator[tuple[int, int]]:
-        """States that the visit can be entered from."""
+    def _entered_from(self, at: int, known: Container[_State]) -> Iterator[tuple[_State, Hop]]:
+        """States that the visit can be entered from, and over what."""
         for entry in self._graph.visits[at].entries:
             if self._may_send(entry.hop):
                 for taken in range(1, self._n_devices(entry.visit) + 1):
                     if (entry.visit, taken) in known:
-                        yield entry.visit, taken
+                        yield (entry.visit, taken), entry.hop
 
     def _n_devices(self, visit: int) -> int:
         return self._graph.classes[self._graph.visits[visit].cls].n_devices
@@ -311,17 +350,15 @@ class _Masked:
     def _back_s(self, hop: Hop, weighted: Weighted) -> float:
         return sum(weight * hop.delay_s for step, weight in weighted if step.role != "prefill")
 
-    def _stages_to(
-        self, last: tuple[int, int], came: dict[tuple[int, int], tuple[tuple[int, int] | None, int, int]]
-    ) -> tuple[Placed, ...]:
-        found, state = list[Placed](), last
+    def _stages_to(self, last: _State, came: Mapping[_State, _Came]) -> tuple[Placed, ...]:
+        stages, state = list[Placed](), last
         while True:
-            before, tp, stop = came[state]
-            start = 0 if before is None else came[before][2]
-            found.append(Placed(state[0], tp, start, stop))
-            if before is None:
-                return tuple(reversed(found))
-            state = before
+            one = came[state]
+            start = 0 if one.state is None else came[one.state].stop
+            stages.append(Placed(state[0], one.tp, start, one.stop))
+            if one.state is None:
+                return tuple(reversed(stages))
+            state = one.state
 
     def _fit(self, stages: tuple[Placed, ...]) -> Fit:
         """A layout's own figures."""
@@ -336,7 +373,11 @@ class _Masked:
         if len(stages) > 1 and self._step.role != "prefill":
             assert back is not None
             around_s += back.delay_s
-        return Fit(stages=stages, slowest_s=max(*steps, *sends, 0.0), around_s=around_s)
+        room = min(self._option(one).room[one.start, one.stop] for one in stages)
+        return Fit(stages=stages, slowest_s=max(*steps, *sends, 0.0), around_s=around_s, room=float(room))
+
+    def _option(self, stage: Placed) -> Option:
+        return self._kernel.tables.options[self._kernel.options(stage.visit)[stage.tp]]
 
     def _hops(self, stages: Sequence[Placed]) -> Iterator[Hop]:
         for before, after in pairwise(stages):
@@ -347,7 +388,7 @@ class _Masked:
                 yield next(entry.hop for entry in entries if entry.visit == before.visit)
 
 
-def _last_stops(fits: np.ndarray) -> np.ndarray:
+def _last_stops(fits: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """By start, the last stop of a stage that fits; -1 if none does."""
     n_ends = fits.shape[1]
     last = n_ends - 1 - fits[:, ::-1].argmax(axis=1)

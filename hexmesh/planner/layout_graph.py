@@ -2,9 +2,9 @@
 
 Pools that cannot be told apart (like devices, as many, and the same ways to all others) are one `Class`, and a visit is
 to a class. What may follow depends on what has been visited and where one is, so a vertex is (first class, visits by
-class, class of the last): Held and Karp's subsets, with counts in place of sets, and the first kept for the way back.
-Pools may be left out. With few classes that is every order; a team of too many takes a few orders of hosts instead, in
-each of which pools may be left out, too (`Graph.has_all_orders`).
+class, class of the last): Held and Karp's subsets, with counts in place of sets, and with the first kept for the way
+back unless all ways back are alike. Pools may be left out. With few classes that is every order; a team of too many
+takes a few orders of hosts instead, in each of which pools may be left out, too (`Graph.has_all_orders`).
 """
 
 from __future__ import annotations
@@ -77,14 +77,20 @@ def graph_of(classes: tuple[Class, ...], hops: Hops, inside: Hop) -> Graph:
 
 
 _State = tuple[int, tuple[int, ...], int]
-"""(class of the first, visits by class, class of the last)"""
+"""(class of the first or ANY, visits by class, class of the last)"""
+_ANY = -1
 
 
 def _all_orders(classes: Sequence[Class], hops: Hops, inside: Hop) -> tuple[Visit, ...] | None:
     """None if there are too many."""
     n = len(classes)
+    delays = {None if hop is None else hop.delay_s for hop in _possible(classes, hops)}
+    is_any = len(delays) <= 1 and None not in delays
+    some = next(_possible(classes, hops), inside)
     entries = dict[_State, list[tuple[_State, Hop]]]()
-    layer = [(cls, tuple(int(other == cls) for other in range(n)), cls) for cls in range(n)]
+    layer = [
+        (_ANY if is_any else cls, tuple(int(other == cls) for other in range(n)), cls) for cls in range(n)
+    ]
     entries.update((state, []) for state in layer)
     while layer:
         further = dict[_State, list[tuple[_State, Hop]]]()
@@ -104,10 +110,18 @@ def _all_orders(classes: Sequence[Class], hops: Hops, inside: Hop) -> tuple[Visi
             cls=last,
             is_first=sum(counts) == 1,
             entries=tuple(Entry(at[state], hop) for state, hop in entries[first, counts, last]),
-            back=hops[last][first] if sum(counts) > 1 else inside,
+            back=inside if sum(counts) == 1 else some if first == _ANY else hops[last][first],
         )
         for first, counts, last in at
     )
+
+
+def _possible(classes: Sequence[Class], hops: Hops) -> Iterator[Hop | None]:
+    """Ways between two pools of the team; None where there is none."""
+    for src in range(len(classes)):
+        for dst in range(len(classes)):
+            if src != dst or classes[src].n_pools > 1:
+                yield hops[src][dst]
 
 
 def _some_orders(classes: Sequence[Class], hops: Hops, inside: Hop) -> Iterator[Visit]:

@@ -1,4 +1,4 @@
-"""The compiled kernel (`hexmesh/native/layout.c`) behind the interface of its twin, or the twin where it was not built."""
+"""The compiled kernel (`hexmesh/native/layout.c`) behind its twin's interface, or the twin where it was not built."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import numpy as np
 
 from hexmesh.cluster import Role
 from hexmesh.native import load
+from hexmesh.plan import DTYPE_BYTES
 from hexmesh.planner.layout_dp import Fit, Kernel, Placed, TwinKernel, Weighted
 from hexmesh.planner.layout_graph import Graph
 from hexmesh.planner.layout_tables import Floats, Option, Step, Tables
-from hexmesh.plan import DTYPE_BYTES
-from hexmesh.score.pipeline import Hop
+from hexmesh.score.capacity import BATCH_CAP, BISECTIONS, MAX_MICRO_BATCHES
+from hexmesh.score.pipeline import Hop, Pipeline
 
 _ROLES: dict[Role, int] = {"prefill": 0, "decode": 1, "mixed": 2}
 
@@ -34,6 +35,32 @@ class Kernels:
         return _NativeKernel(
             self._native, self._native.graph(self._packed, *_packed_graph(graph, self._options))
         )
+
+    def highest(self, pipeline: Pipeline, option_of: Sequence[int], role: Role) -> tuple[float, int, float]:
+        """(batch, micro-batches, period) of the highest rate of a layout that decodes, as `Capacities` has it.
+
+        `option_of` names the tables' option of each seat. The batch is 0 if there is no rate.
+        """
+        if self._native is None:
+            capacities = self._tables.capacities
+            rates = capacities.decode(pipeline) if role == "decode" else capacities.mixed(pipeline)
+            return rates.batch, rates.micro_batches, rates.tpot_s / rates.micro_batches
+        seats = [
+            (option, seat.start, seat.stop) for option, seat in zip(option_of, pipeline.seats, strict=True)
+        ]
+        hops = [*(figure for hop in pipeline.hops for figure in _packed_hop(hop)), pipeline.back.delay_s]
+        limit_s = self._tables.capacities.workload.slo.tpot_s
+        batch, n, period_s = self._native.rate(
+            self._packed,
+            _ROLES[role],
+            np.array(seats, np.int64).tobytes(),
+            np.array(hops, float).tobytes(),
+            math.inf if limit_s is None else limit_s,
+            MAX_MICRO_BATCHES,
+            BATCH_CAP,
+            BISECTIONS,
+        )
+        return batch, n, period_s
 
 
 class _NativeKernel:
@@ -66,8 +93,8 @@ class _NativeKernel:
 def _fit_of(found: tuple[Any, ...] | None) -> Fit | None:
     if found is None:
         return None
-    stages = tuple(Placed(*found[at : at + 4]) for at in range(2, len(found), 4))
-    return Fit(stages=stages, slowest_s=found[0], around_s=found[1])
+    stages = tuple(Placed(*found[at : at + 4]) for at in range(3, len(found), 4))
+    return Fit(stages=stages, slowest_s=found[0], around_s=found[1], room=found[2])
 
 
 def _packed_tables(tables: Tables) -> tuple[bytes, bytes]:

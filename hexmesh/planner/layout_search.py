@@ -7,10 +7,10 @@ layout's tightest stage. For one layout a larger batch is always better, so the 
     levels   B / m for the room B of some possible stage, or the cap
     limited  under a TPOT limit, the largest batch of any layout that turns around in time
 
-For each m the levels are searched by halves: a range of batches is left out if even with the room and the seconds of
-its smallest and the batch of its largest no layout beats the best rate known. Without the way around, more
-micro-batches never help, so m rises until even that bound is beaten. Nothing is sampled, so the result is exact to
-1e-10, as far as the graph has all orders.
+For each m the levels are searched by halves. Seconds of a step over its batch never rise with the batch, so a range of
+batches is left out if even with the room of its smallest and the seconds of its largest no layout beats the best rate
+known. Without the way around, more micro-batches never help, so m rises until even that bound is beaten. Nothing is
+sampled, so the result is exact to 1e-10, as far as the graph has all orders.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from hexmesh.workload.slo import Slo
 
 _GAIN = 1 + 1e-10
 """A rate must be so much better to count as better."""
+_COARSE_GAINS = (1.2, 1.02)
+"""In first passes over some numbers of micro-batches, so that the exact one finds a good rate to beat."""
+_COARSE_GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _BISECTIONS = 40
 
 
@@ -57,6 +60,10 @@ class _TokenSearch:
     best: Fit | None = None
     rate: float = 0.0
     """Tokens per second of `best`."""
+    n_groups: int = 0
+    """Its micro-batches."""
+    gain: float = _GAIN
+    """What counts as better for now."""
     _batches: Floats = field(default_factory=lambda: np.zeros(0))
     _rooms: Floats = field(default_factory=lambda: np.zeros(0))
 
@@ -64,13 +71,26 @@ class _TokenSearch:
         """Search all numbers of micro-batches."""
         if not self._cut_levels():
             return
-        for n in range(1, min(MAX_MICRO_BATCHES, int(self.levels[-1])) + 1):
+        most = min(MAX_MICRO_BATCHES, int(self.levels[-1]))
+        for gain in _COARSE_GAINS:
+            self.gain = gain
+            for n in _COARSE_GROUPS:
+                if n <= most:
+                    self._search(n)
+        self.gain = _GAIN
+        if self.n_groups:
+            self._search(self.n_groups)
+        for n in range(1, most + 1):
             self._set_batches(n)
             if not self._may_gain(n):
                 return
-            self._search_levels(n)
-            if self.limit_s < math.inf:
-                self._search_limited(n)
+            self._search(n)
+
+    def _search(self, n: int) -> None:
+        self._set_batches(n)
+        self._search_levels(n)
+        if self.limit_s < math.inf:
+            self._search_limited(n)
 
     def _cut_levels(self) -> bool:
         """Leave out levels that no layout has room for; False if none is left."""
@@ -107,8 +127,7 @@ class _TokenSearch:
         stack = [(0, len(batches) - 1)]
         while stack:
             low, high = stack.pop()
-            ceiling_s = self._ceiling_s(batches[high], n)
-            if self._fit(batches[low], rooms[low], ceiling_s, math.inf) is not None:
+            if self._range_fits(batches[low], batches[high], rooms[low], n, math.inf) is not None:
                 if high - low <= is_limited:
                     return True
                 middle = (low + high) // 2
@@ -122,16 +141,27 @@ class _TokenSearch:
             if low == high:
                 self._take_tightest(low, n)
                 continue
-            ceiling_s = self._ceiling_s(self._batches[high], n)
-            found = self._fit(self._batches[low], self._rooms[low], ceiling_s, n * ceiling_s)
+            smallest, largest = self._batches[low], self._batches[high]
+            found = self._range_fits(smallest, largest, self._rooms[low], n, n)
             if found is not None:
-                self._take(found, self._batches[low], n)
+                self._take(found, min(largest, max(smallest, found.room / n)), n)
                 middle = (low + high) // 2
                 stack += [(low, middle), (middle + 1, high)]
 
+    def _range_fits(
+        self, smallest: float, largest: float, resident: float, n: int, n_around: float
+    ) -> Fit | None:
+        """A layout that might beat the best with some batch of a range; None: there is none."""
+        if self.limit_s < math.inf:
+            limit_s = self.limit_s / n
+            if self._fit(smallest, resident, limit_s, n_around * limit_s) is None:
+                return None
+        ceiling_s = largest / (self.rate * self.gain) if self.rate > 0 else math.inf
+        return self._fit(largest, resident, ceiling_s, n_around * ceiling_s)
+
     def _search_limited(self, n: int) -> None:
         """The largest batch that turns around within the limit, if that beats the best."""
-        low = max(1.0, self.rate * _GAIN * self.limit_s / n)
+        low = max(1.0, self.rate * self.gain * self.limit_s / n)
         high = float(self._batches[-1])
         found = self._in_time(low, n) if low <= high else None
         if found is None:
@@ -151,23 +181,33 @@ class _TokenSearch:
         return self.kernel.fit(step, self._room(n * batch), self.limit_s / n, self.limit_s)
 
     def _take_tightest(self, at: int, n: int) -> None:
-        batch = float(self._batches[at])
-        ceiling_s = self._ceiling_s(batch, n)
-        step = Step(self.role, batch)
-        found = self.kernel.tightest(step, self._room(float(self._rooms[at])), n, ceiling_s, math.inf)
-        if found is not None:
+        batch, room = float(self._batches[at]), self._room(float(self._rooms[at]))
+        is_coarse = self.gain > _GAIN
+        while True:
+            ceiling_s = self._ceiling_s(batch, n)
+            step = Step(self.role, batch)
+            if is_coarse:
+                found = self.kernel.fit(step, room, ceiling_s, n * ceiling_s)
+            else:
+                found = self.kernel.tightest(step, room, n, ceiling_s, math.inf)
+            if found is None:
+                return
             self._take(found, batch, n)
+            if not is_coarse:
+                return
 
     def _fit(self, batch: float, resident: float, slowest_s: float, around_s: float) -> Fit | None:
         step = Step(self.role, float(batch))
         return self.kernel.fit(step, self._room(float(resident)), slowest_s, around_s)
 
     def _take(self, found: Fit, batch: float, n: int) -> None:
-        rate = batch / max(found.slowest_s, found.around_s / n)
-        if rate > self.rate:
-            self.best, self.rate = found, rate
+        """Remember a layout whose figures are those of this batch or a larger one."""
+        period_s = max(found.slowest_s, found.around_s / n)
+        rate = batch / period_s
+        if rate > self.rate and period_s <= self.limit_s / n:
+            self.best, self.rate, self.n_groups = found, float(rate), n
 
     def _ceiling_s(self, batch: float, n: int) -> float:
         """The period that such a batch must stay within to beat the best."""
-        to_gain_s = batch / (self.rate * _GAIN) if self.rate > 0 else math.inf
+        to_gain_s = batch / (self.rate * self.gain) if self.rate > 0 else math.inf
         return min(to_gain_s, self.limit_s / n)

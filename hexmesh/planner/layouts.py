@@ -22,7 +22,7 @@ from hexmesh.planner.layout_search import fastest_prompts, fastest_tokens
 from hexmesh.planner.layout_tables import Step, Tables
 from hexmesh.planner.pools import Part, Pool, Team
 from hexmesh.roofline import Group
-from hexmesh.score.capacity import Capacities, Decode, Mixed
+from hexmesh.score.capacity import Capacities
 from hexmesh.score.pipeline import NOWHERE, Hop, Pipeline, Seat, group_like, hop_between
 
 INSIDE = Hop(LOCAL_HOP_S, LOCAL_BYTES_PER_S)
@@ -121,9 +121,52 @@ class Layouts:
         key = tuple((self._kinds[part.pool], part.tp, part.start, part.stop) for part in parts)
         known = (key, pipeline.hops, pipeline.back), role
         if known not in self._rated:
-            self._rated[known] = _rated(self._capacities, pipeline, parts, role)
+            self._rated[known] = self._rate(pipeline, parts, role)
         found = self._rated[known]
         return None if found is None else replace(found, parts=parts)
+
+    def _rate(self, pipeline: Pipeline, parts: tuple[Part, ...], role: Role) -> Layout | None:
+        capacities, output_tokens = self._capacities, self._capacities.workload.output_tokens
+        prompts = capacities.prefill(pipeline)
+        if role != "decode" and prompts.requests_per_s == 0:
+            return None
+        tokens_s = 0.0 if role == "prefill" else (output_tokens - 1) * capacities.token_alone_s(pipeline)
+        layout = Layout(
+            role=role,
+            parts=parts,
+            prefill=0.0 if role == "decode" else prompts.requests_per_s,
+            decode=0.0,
+            uses=(),
+            requests_per_s=prompts.requests_per_s,
+            prefill_latency_s=prompts.latency_s,
+            alone_s=tokens_s if role == "decode" else prompts.latency_s + tokens_s,
+            tpot_s=0.0,
+            batch=0.0,
+            micro_batches=0,
+        )
+        return layout if role == "prefill" else self._with_tokens(layout, pipeline)
+
+    def _with_tokens(self, layout: Layout, pipeline: Pipeline) -> Layout | None:
+        """The rates of one that decodes; None if it cannot."""
+        options = [self._options[self._kinds[part.pool]][part.tp] for part in layout.parts]
+        batch, n, period_s = self._kernels.highest(pipeline, options, layout.role)
+        if batch == 0:
+            return None
+        tokens_per_s, uses = batch / period_s, tuple[tuple[float, float], ...]()
+        requests_per_s = tokens_per_s / self._capacities.workload.output_tokens
+        if layout.role == "mixed":
+            decode_batch, _, decode_period_s = self._kernels.highest(pipeline, options, "decode")
+            tokens_per_s = decode_batch / decode_period_s
+            uses = tuple(self._capacities.uses(pipeline, batch, n))
+        return replace(
+            layout,
+            decode=tokens_per_s / self._capacities.workload.output_tokens,
+            uses=uses,
+            requests_per_s=requests_per_s,
+            tpot_s=n * period_s,
+            batch=batch,
+            micro_batches=n,
+        )
 
     def _answer(self, team: Team, role: Role, goal: Goal) -> Layout | None:
         asked = team, role, goal
@@ -298,44 +341,3 @@ def _alone(role: Role, output_tokens: int) -> tuple[tuple[Step, float], ...]:
             return ((Step("decode"), 1.0),)
         case "mixed":
             return (Step("prefill"), 1.0), (Step("decode"), output_tokens - 1.0)
-
-
-def _rated(capacities: Capacities, pipeline: Pipeline, parts: tuple[Part, ...], role: Role) -> Layout | None:
-    prefill = capacities.prefill(pipeline)
-    token_s = 0.0 if role == "prefill" else capacities.tpot_at(pipeline, 0.0, computes_prompts=False)
-    tokens_s = (capacities.workload.output_tokens - 1) * token_s
-    nothing = Layout(
-        role=role,
-        parts=parts,
-        prefill=0.0 if role == "decode" else prefill.requests_per_s,
-        decode=0.0,
-        uses=(),
-        requests_per_s=prefill.requests_per_s,
-        prefill_latency_s=prefill.latency_s,
-        alone_s={"prefill": prefill.latency_s, "decode": tokens_s, "mixed": prefill.latency_s + tokens_s}[
-            role
-        ],
-        tpot_s=0.0,
-        batch=0.0,
-        micro_batches=0,
-    )
-    if role == "prefill":
-        return nothing if prefill.requests_per_s > 0 else None
-    decode = capacities.decode(pipeline)
-    if role == "decode":
-        found: Decode | Mixed = decode
-        uses: tuple[tuple[float, float], ...] = ()
-    else:
-        found = mixed = capacities.mixed(pipeline)
-        uses = mixed.uses
-    if found.batch == 0 or (role == "mixed" and prefill.requests_per_s == 0):
-        return None
-    return replace(
-        nothing,
-        decode=decode.requests_per_s,
-        uses=uses,
-        requests_per_s=found.requests_per_s,
-        tpot_s=found.tpot_s,
-        batch=found.batch,
-        micro_batches=found.micro_batches,
-    )

@@ -33,7 +33,8 @@ BATCH_CAP = 256
 MAX_MICRO_BATCHES = 32
 PROMPTS_IN_FLIGHT = 2
 """Prompts whose KV a prefill stage holds: one that it computes, one that is handed over."""
-_BISECTIONS = 40
+BISECTIONS = 40
+"""For a batch that a limit of time allows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +152,7 @@ class Capacities:
             batch=batch,
             micro_batches=n,
             tpot_s=n * period_s,
-            uses=tuple(self._uses(pipeline, batch, n)) if batch > 0 else (),
+            uses=tuple(self.uses(pipeline, batch, n)) if batch > 0 else (),
         )
 
     def tpot_at(self, pipeline: Pipeline, requests_per_s: float, *, computes_prompts: bool) -> float:
@@ -171,7 +172,7 @@ class Capacities:
             return math.inf
         if low / shortest_s(low) >= tokens_per_s:
             return shortest_s(low)
-        for _ in range(_BISECTIONS):
+        for _ in range(BISECTIONS):
             middle = (low + high) / 2
             is_enough = middle / shortest_s(middle) >= tokens_per_s
             low, high = (low, middle) if is_enough else (middle, high)
@@ -186,7 +187,12 @@ class Capacities:
 
         return _Step(step_s, 1.0 + self.workload.prompt_tokens / output)
 
-    def _uses(self, pipeline: Pipeline, batch: float, n: int) -> Iterator[tuple[float, float]]:
+    def token_alone_s(self, pipeline: Pipeline) -> float:
+        """Seconds of an output token when its request is alone."""
+        return self._period_s(pipeline, _Step(self._decode_s, 1.0), 1.0, 1)
+
+    def uses(self, pipeline: Pipeline, batch: float, n: int) -> Iterator[tuple[float, float]]:
+        """As in `Mixed`, with n micro-batches of that size."""
         prompt, output = self.workload.prompt_tokens, self.workload.output_tokens
         prompts = [self._prefill_s(seat) for seat in pipeline.seats]
         outputs = [self._decode_s(seat, batch) * output / batch for seat in pipeline.seats]
@@ -221,7 +227,7 @@ class Capacities:
             yield most
         elif is_in_time(1.0):
             low, high = 1.0, most
-            for _ in range(_BISECTIONS):
+            for _ in range(BISECTIONS):
                 middle = (low + high) / 2
                 low, high = (middle, high) if is_in_time(middle) else (low, middle)
             yield low

@@ -17,6 +17,7 @@ def test_kernels_are_built_where_there_is_a_compiler() -> None:
     assert set(native.built()) == set(native.MODULES), (
         "python setup.py build_ext --inplace says what is wrong"
     )
+    assert native.load("layout") is not None, "python setup.py build_ext --inplace says what is wrong"
 
 
 def test_built_kernels_are_named_with_their_instruction_set() -> None:

@@ -20,7 +20,7 @@ from hexmesh.model_spec import ModelSpec, model_spec_from_config
 from hexmesh.planner.layouts import Layouts
 from hexmesh.planner.pools import Part, Pool, Team, pools_of
 from hexmesh.score import Capacities
-from hexmesh.score.capacity import BATCH_CAP, PROMPTS_IN_FLIGHT
+from hexmesh.score.capacity import BATCH_CAP
 from hexmesh.score.pipeline import NOWHERE, Pipeline, Seat, group_like, hop_between
 from hexmesh.workload import LognormalLengths, Slo, Workload
 
