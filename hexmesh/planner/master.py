@@ -78,11 +78,11 @@ class _Held:
 class _Copies(Network):
     """Nodes that stand for several: each is there as often as its gate says, all in one hub."""
 
-    real: Mapping[str, str]
+    real: Mapping[str, str] = field(kw_only=True)
     """Node by copy."""
-    counts: Mapping[str, int]
+    counts: Mapping[str, int] = field(kw_only=True)
     """Gate by copy, of those that have one."""
-    original: Network
+    original: Network = field(kw_only=True)
 
     @cached_property
     def sites(self) -> dict[str, str]:
@@ -133,6 +133,8 @@ class Master:
     resources: Mapping[Hashable, int]
     target: float | None = None
     """Requests per second to serve at the least price; None: as many as can be."""
+    is_coarse: bool = False
+    """As in `Network`: for many bundles."""
     hires: Mapping[Hashable, Hire] = field(default_factory=dict)
     """Resources that are a host's, for a target."""
 
@@ -199,7 +201,13 @@ class Master:
                 counts |= {stage.node: gate for stage in stages if real[stage.node] in bundle.own_nodes}
         known = dict[object, Place]()
         spans = [spans_of(replica.stages) for replica in replicas]
-        network = _Copies(self.problem.cluster, real, counts, self.problem.network)
+        network = _Copies(
+            self.problem.cluster,
+            is_coarse=self.is_coarse,
+            real=real,
+            counts=counts,
+            original=self.problem.network,
+        )
         flows = add_flows(
             program,
             replicas,

@@ -63,6 +63,8 @@ def best_flow(replicas: Sequence[ReplicaRates], cluster: Cluster | Network, laye
 
     Who asks often over one cluster makes its `Network` once.
     """
+    if not replicas:
+        return FlowScore(requests_per_s=0.0, prefill={}, decode={}, flows={}, shares={})
     network = cluster if isinstance(cluster, Network) else Network(cluster)
     known = dict[object, Place]()
     spans = [spans_of(replica.stages) for replica in replicas]

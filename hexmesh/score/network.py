@@ -23,6 +23,8 @@ class Network:
     """What the hosts of one cluster can send each other."""
 
     cluster: Cluster
+    is_coarse: bool = False
+    """Whether handoffs are counted in full where some layers stay on their node: fewer variables, a lower rate."""
 
     @cached_property
     def links(self) -> dict[Way, Link]:

@@ -76,7 +76,8 @@ def pairs_of(
 ) -> Iterator[tuple[Place, Place, Mapping[Way, int]]]:
     """Pairs of places that the flow program must name, with what they send: all that a hub does not speak for.
 
-    A hub speaks for two places that share no node; those that do may keep layers where they are.
+    A hub speaks for two places that share no node; those that do may keep layers where they are. In a coarse network
+    it speaks for these, too, as if nothing stayed, unless all does.
     """
     by_node = defaultdict[str, list[Place]](list)
     outside = [place for place in targets if place.hub_site(network) is None]
@@ -91,5 +92,7 @@ def pairs_of(
             others = list(near | dict.fromkeys(outside))
         for target in others:
             ways = source.layers_sent(target)
+            if ways and network.is_coarse:
+                continue
             if all(network.has_link(way) for way in ways):
                 yield source, target, ways

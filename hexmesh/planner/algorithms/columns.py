@@ -175,6 +175,7 @@ class Listed:
             bundles=bundles,
             resources=self.stock.resources,
             target=target,
+            is_coarse=True,
             hires=self.stock.hires,
         )
 
