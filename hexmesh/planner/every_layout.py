@@ -4,18 +4,18 @@ A layout is wanted if no other one of the same team and role, with the same laye
 much. For prompts or tokens alone that is one a placement: the fastest. A mixed replica may be wanted for any balance of
 the two, so all of its polygons that reach furthest in some direction are kept.
 
-Complete where a team has at most MOST_LAYOUTS layouts (every order of its groups, every cut): always for up to four
-stages of eight layers, and for up to three stages of 80. Of larger teams: the orders of the layouts that are best in
-each role, with the borders between hosts moved anywhere on a grid, and single cuts moved by up to a few layers.
+Complete where a team has at most MOST_LAYOUTS layouts (every order of its groups, every cut): four like devices and
+eight layers, or three like devices and 80. Of larger teams: the orders of the layouts that are best in each role, and
+hosts in every order, with the borders between hosts moved anywhere on a grid, and single cuts by some layers.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations, pairwise, product
+from itertools import combinations, pairwise, permutations, product
 from math import comb, factorial, prod
 
 import numpy as np
@@ -40,6 +40,7 @@ PRICES = np.linspace(0.0, 1.0, N_DIRECTIONS)
 _SHIFTS = (1, 2, 4, 8)
 _BORDERS = 24
 """Places of a border between two hosts of a team with too many layouts."""
+_MOST_HOSTS = 4
 
 Group = tuple[int, int]
 """(pool, TP degree)"""
@@ -62,7 +63,8 @@ class Choice:
     @cached_property
     def furthest(self) -> Floats:
         """(N_DIRECTIONS,): of any of the layouts."""
-        return self.reach.max(axis=0)
+        found: Floats = self.reach.max(axis=0)
+        return found
 
     @cached_property
     def placements(self) -> tuple[Ints, Ints]:
@@ -180,19 +182,39 @@ class EveryLayout:
         """Sequences of the best layouts in each role, with cuts around theirs."""
         found = dict[tuple[Group, ...], set[tuple[int, ...]]]()
         for role in roles:
-            for layout in (self._problem.layouts.best(team, role), self._problem.layouts.quickest(team, role)):
+            for layout in (
+                self._problem.layouts.best(team, role),
+                self._problem.layouts.quickest(team, role),
+            ):
                 if layout is not None:
                     sequence = tuple((part.pool, part.tp) for part in layout.parts)
                     cuts = (0, *(part.stop for part in layout.parts))
                     found.setdefault(sequence, set()).update(self._around(sequence, cuts))
+        for sequence, cuts in self._spread(team):
+            found.setdefault(sequence, set()).update(self._around(sequence, cuts))
         for sequence, every in found.items():
             yield self._asked(sequence, np.array(sorted(every), np.intp))
+
+    def _spread(self, team: Team) -> Iterator[tuple[tuple[Group, ...], tuple[int, ...]]]:
+        """All of the team's devices, hosts in every order, layers by memory: what slow links may ask for."""
+        pools, n_layers = self._problem.pools, self._problem.spec.n_layers
+        by_host = defaultdict[str, list[tuple[int, int]]](list)
+        for pool, count in team:
+            by_host[pools[pool].node.id].append((pool, count))
+        for order in permutations(by_host.values()) if 1 < len(by_host) <= _MOST_HOSTS else ():
+            for split in (_singles, _largest):
+                sequence = tuple(
+                    (pool, tp) for own in order for pool, n in own for tp in split(n, pools[pool].degrees)
+                )
+                room = np.cumsum([0, *(pools[pool].device.budget_bytes * tp for pool, tp in sequence)])
+                cuts = tuple(int(cut) for cut in np.round(room * n_layers / room[-1]))
+                if all(a < b for a, b in pairwise(cuts)):
+                    yield sequence, cuts
 
     def _around(self, sequence: tuple[Group, ...], cuts: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         hosts = [self._problem.pools[pool].node.id for pool, _ in sequence]
         borders = [at for at in range(1, len(cuts) - 1) if hosts[at - 1] != hosts[at]]
-        for moved in (cuts, *stretched(cuts, borders)):
-            yield moved
+        yield from (cuts, *stretched(cuts, borders))
         for at in range(1, len(cuts) - 1):
             for shift in _SHIFTS:
                 for by in (-shift, shift):
@@ -307,9 +329,7 @@ def _parts(sequence: tuple[Group, ...], cuts: Ints) -> tuple[Part, ...]:
 def sequences(team: Sequence[tuple[int, int, tuple[int, ...]]]) -> Iterator[tuple[Group, ...]]:
     """Every order of groups that takes all devices of the team, given as (pool, devices, TP degrees)."""
     for split in product(*(tuple(_splits(count, degrees)) for _, count, degrees in team)):
-        groups = Counter(
-            (pool, tp) for (pool, _, _), own in zip(team, split, strict=True) for tp in own
-        )
+        groups = Counter((pool, tp) for (pool, _, _), own in zip(team, split, strict=True) for tp in own)
         yield from _orders(groups, sum(groups.values()))
 
 
@@ -321,6 +341,17 @@ def n_layouts(team: Sequence[tuple[int, int, tuple[int, ...]]], n_layers: int) -
         alike = prod(factorial(k) for own in split for k in Counter(own).values())
         total += factorial(n) // alike * comb(n_layers - 1, n - 1)
     return total
+
+
+def _singles(count: int, degrees: Sequence[int]) -> tuple[int, ...]:
+    return (1,) * count
+
+
+def _largest(count: int, degrees: Sequence[int]) -> tuple[int, ...]:
+    """The fewest groups, the largest first."""
+    degree = max(degree for degree in degrees if degree <= count)
+    rest = count - degree
+    return (degree, *(_largest(rest, degrees) if rest else ()))
 
 
 def _splits(count: int, degrees: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -358,9 +389,14 @@ def stretched(cuts: tuple[int, ...], borders: Sequence[int]) -> Iterator[tuple[i
     """The cuts with their borders moved to every place of a grid, what lies between stretched along."""
     n_layers = cuts[-1]
     step = max(1, n_layers // max(2, round((_BORDERS * 8) ** (1 / max(1, len(borders))))))
-    places = range(step, n_layers, step)
-    for moved in combinations(places, len(borders)) if borders else ():
-        old = [0, *(cuts[at] for at in borders), n_layers]
-        found = np.round(np.interp(cuts, old, [0, *moved, n_layers])).astype(int)
-        if (np.diff(found) > 0).all():
-            yield tuple(int(cut) for cut in found)
+    for places in combinations(range(step, n_layers, step), len(borders)) if borders else ():
+        found = stretch(cuts, borders, places)
+        if found is not None:
+            yield found
+
+
+def stretch(cuts: tuple[int, ...], borders: Sequence[int], places: Sequence[int]) -> tuple[int, ...] | None:
+    """The cuts with those at indices `borders` at `places`, the others in proportion; None if a stage gets no layer."""
+    old = [0, *(cuts[at] for at in borders), cuts[-1]]
+    found = np.round(np.interp(cuts, old, [0, *places, cuts[-1]])).astype(int)
+    return tuple(int(cut) for cut in found) if (np.diff(found) > 0).all() else None

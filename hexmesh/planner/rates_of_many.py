@@ -228,9 +228,7 @@ class RatesOfMany:
     def _uses(self, batch: Batch, tokens: _Steps, prompt_s: Floats, sequences: Floats, n: Ints) -> Floats:
         workload, hidden = self._tables.capacities.workload, self._tables.capacities.model.hidden_bytes
         prompt, output = workload.prompt_tokens, workload.output_tokens
-        stages = np.stack(
-            [prompt_s, tokens.stages_s(sequences) * (output / sequences)[:, None]], axis=2
-        )
+        stages = np.stack([prompt_s, tokens.stages_s(sequences) * (output / sequences)[:, None]], axis=2)
         sends = np.stack([batch.send_s * (prompt * hidden), batch.send_s * (output * hidden)], axis=2)
         parts = np.concatenate([stages, sends], axis=1)
         trip = parts.sum(axis=1)
@@ -251,4 +249,3 @@ def _in_time(steps: _Steps, most: Floats, n: Ints, limit_s: float) -> Floats:
     found = np.zeros(len(most))
     found[is_possible] = low
     return found
-

@@ -15,7 +15,8 @@
 
 Exact (to one part in a million) for the objectives throughput, goodput and cost where every team has few enough layouts
 to have them all, which the run's notes say; for "mixed" up to what 65 directions of its polygon tell apart. Else exact
-over partitions and roles, for layouts around the best of each team. Latency: see `_quickest`.
+over partitions and roles, for layouts around the best of each team. For the objective latency it is exact over
+partitions and roles that pass the rate, with each team's quickest or fastest layout; cuts are then moved (`align`).
 After HexGen-2, whose four choices (groups, roles, strategies, handoffs) it makes at once; differs: it is exhaustive.
 """
 
@@ -30,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hexmesh.cluster import Role
+from hexmesh.planner.align import align
 from hexmesh.planner.every_layout import PRICES, Choice, EveryLayout
 from hexmesh.planner.handoff_caps import HandoffCaps
 from hexmesh.planner.objective import Latency, LeastCost
@@ -106,10 +108,14 @@ class _Search:
         objective = self.run.problem.objective
         if isinstance(objective, LeastCost):
             self._cheapest(nodes, objective.requests_per_s)
+        elif isinstance(objective, Latency):
+            self._soonest(nodes, objective.requests_per_s)
         else:
             self._fastest(nodes)
         if any(not choice.is_complete for found in self.choices for choice in found.values()):
-            self.run.notes.append("exhaustive: large teams have too many layouts, only those near the best were tried")
+            self.run.notes.append(
+                "exhaustive: large teams have too many layouts, only those near the best were tried"
+            )
         if self.is_over:
             self.run.notes.append("exhaustive: ended before all partitions were looked into")
 
@@ -140,13 +146,66 @@ class _Search:
         self.rate = 0.0
         self._fastest(nodes)
 
+    def _soonest(self, nodes: Sequence[_Node], wanted: float) -> None:
+        """By rising bound on the latency; if none serves the rate, the fastest."""
+        every = sorted(
+            (self._least_s(node.teams, roles), node.teams, roles)
+            for node in nodes
+            if node.bound >= wanted
+            for roles in _roles(node.teams, [self.choices[team] for team in node.teams])
+        )
+        best = self.run.problem.judge(())
+        for least_s, teams, roles in every:
+            if self.is_over or (best.figures.requests_per_s >= wanted and least_s >= best.figures.latency_s):
+                break
+            for draft in self._quick_or_fast(teams, roles):
+                self.n_judged += 1
+                best = max(best, self.run.offer(draft, BY), key=lambda judged: judged.worth)
+        if best.figures.requests_per_s >= wanted:
+            align(self.run, best, BY)
+        else:
+            self._fastest(nodes)
+
+    def _least_s(self, teams: Sequence[int], roles: Sequence[Role]) -> float:
+        """Of a request that takes the best way through idle replicas, its handoff left out."""
+        return min(
+            (
+                self._alone_s(teams[p], "mixed")
+                if p == d
+                else self._alone_s(teams[p], "prefill") + self._alone_s(teams[d], "decode")
+                for p in range(len(teams))
+                for d in range(len(teams))
+                if roles[p] != "decode" and roles[d] != "prefill"
+            ),
+            default=float("inf"),
+        )
+
+    def _alone_s(self, team: int, role: Role) -> float:
+        layout = self.run.problem.layouts.quickest(self.teams[team], role)
+        return 0.0 if layout is None else layout.alone_s
+
+    def _quick_or_fast(self, teams: Sequence[int], roles: Sequence[Role]) -> Iterator[Draft]:
+        layouts = self.run.problem.layouts
+        both = [
+            tuple(
+                dict.fromkeys(
+                    layout
+                    for layout in (
+                        layouts.quickest(self.teams[team], role),
+                        layouts.best(self.teams[team], role),
+                    )
+                    if layout is not None
+                )
+            )
+            for team, role in zip(teams, roles, strict=True)
+        ]
+        yield from product(*both)
+
     def _nodes(self) -> list[_Node]:
         """All partitions, each with what it may do at most, links left out."""
         problem, sizes = self.run.problem, tuple(pool.size for pool in self.run.problem.pools)
         prices = {pool.node.id: pool.node.price_per_h or 0.0 for pool in problem.pools}
-        furthest = [
-            np.max([choice.furthest for choice in found.values()], axis=0) for found in self.choices
-        ]
+        furthest = [np.max([choice.furthest for choice in found.values()], axis=0) for found in self.choices]
         nodes = []
         for at, teams in enumerate(partitions(sizes, self.teams)):
             if at == MOST_PARTITIONS:
@@ -268,7 +327,9 @@ class _Cell:
 def _roles(teams: Sequence[int], choices: Sequence[dict[Role, Choice]]) -> Iterator[tuple[Role, ...]]:
     """Roles of each team; of like teams, each multiset once. None without prompts or without outputs."""
     own = [
-        tuple(combinations_with_replacement([role for role in ROLES if role in choices[teams.index(team)]], n))
+        tuple(
+            combinations_with_replacement([role for role in ROLES if role in choices[teams.index(team)]], n)
+        )
         for team, n in Counter(teams).items()
     ]
     for split in product(*own):

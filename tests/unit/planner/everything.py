@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations, permutations, product
+from itertools import combinations, pairwise, permutations, product
 
 from hexmesh.cluster import Cluster, Role
 from hexmesh.planner.problem import Problem
@@ -128,7 +128,7 @@ def _rates(
             Seat(group=group_of(node, stage.devices), start=stage.start, stop=stage.stop)
             for node, stage in zip(nodes, stages, strict=True)
         ),
-        hops=tuple(hop_between(a, b, links) for a, b in zip(nodes, nodes[1:], strict=False)),
+        hops=tuple(hop_between(a, b, links) for a, b in pairwise(nodes)),
         back=NOWHERE if len(nodes) == 1 else hop_between(nodes[-1], nodes[0], links),
     )
     prefill = capacities.prefill(pipeline).requests_per_s if role != "decode" else 0.0

@@ -99,9 +99,7 @@ def _link(src: Node, dst: Node, rtt_s: float, most: float) -> Link:
     assert src.nic is not None
     assert dst.nic is not None
     rate = min(most, src.nic.out_bytes_per_s, dst.nic.in_bytes_per_s)
-    return Link(
-        src=src.id, dst=dst.id, rtt_p50_s=rtt_s, rtt_p95_s=rtt_s, bytes_per_s=rate, lower_bound=False
-    )
+    return Link(src=src.id, dst=dst.id, rtt_p50_s=rtt_s, rtt_p95_s=rtt_s, bytes_per_s=rate, lower_bound=False)
 
 
 def problem(
