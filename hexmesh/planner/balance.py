@@ -12,26 +12,30 @@ Prices: at the optimum a prompt's KV has a price p_h at each h, and a replica th
 shares) earns max over corners of x (1 - p) + y p. By weak duality the earnings of *any* other replicas, plus what the
 borders earn, bound what those serve. So a changed state is priced by its changed replicas alone, and the program is
 solved only for states whose price passes.
+
+Borders that do not bind are left out: first all, then those that the solution crosses are put in. Without any the
+optimum has a closed form.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import linprog
-from scipy.sparse import csr_matrix
 
 from hexmesh.cluster import Cluster
 from hexmesh.planner.layouts import Layout
+from hexmesh.planner.simplex import maximise
 
 Corner = tuple[float, float]
 """Prompts and outputs per second."""
 Share = tuple[int, float]
 """Of a replica's layers at a border, by its number."""
+_TOLERANCE = 1e-9
+"""Of what is served: by so much a border may be crossed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +125,18 @@ def sites_of(cluster: Cluster) -> list[str]:
 
 
 def balance(
-    corners: Sequence[Sequence[Corner]], shares: Sequence[Sequence[Share]], borders: Sequence[Border]
+    corners: Sequence[Sequence[Corner]],
+    shares: Sequence[Sequence[Share]],
+    borders: Sequence[Border],
+    likely: Iterable[int] = (),
 ) -> Balanced:
-    """The most that the replicas serve together, given by their corners and shares."""
-    free = _without_borders(corners)
-    if _crosses_too_much(free.rates, shares, borders):
-        return _program(corners, shares, borders)
-    return free
+    """The most that the replicas serve together, given by their corners and shares; `likely` borders may bind."""
+    found = _without_borders(corners)
+    binding = set[int]()
+    while exceeded := _exceeded(found.rates, shares, borders) - binding:
+        binding |= exceeded if binding else exceeded.union(likely)
+        found = _program(corners, shares, borders, sorted(binding))
+    return found
 
 
 def _without_borders(corners: Sequence[Sequence[Corner]]) -> Balanced:
@@ -161,54 +170,56 @@ def _matched(at: Sequence[Corner], prompts: float, outputs: float) -> tuple[Corn
     return tuple((x * less_x, y * less_y) for x, y in at)
 
 
-def _crosses_too_much(
+def _exceeded(
     rates: Sequence[Corner], shares: Sequence[Sequence[Share]], borders: Sequence[Border]
-) -> bool:
+) -> set[int]:
     net = defaultdict[int, float](float)
     for (x, y), own in zip(rates, shares, strict=True):
         if x != y:
             for border, share in own:
                 net[border] += share * (x - y)
-    return any(not -borders[at].into <= n <= borders[at].out for at, n in net.items())
+    tolerance = _TOLERANCE * sum(x for x, _ in rates)
+    return {
+        at
+        for at, n in net.items()
+        if n > borders[at].out + tolerance or n < -borders[at].into - tolerance
+    }
 
 
 def _program(
-    corners: Sequence[Sequence[Corner]], shares: Sequence[Sequence[Share]], borders: Sequence[Border]
+    corners: Sequence[Sequence[Corner]],
+    shares: Sequence[Sequence[Share]],
+    borders: Sequence[Border],
+    binding: Sequence[int],
 ) -> Balanced:
-    """The same by linear programming, over weights of corners."""
-    columns = [(replica, x, y) for replica, own in enumerate(corners) for x, y in own]
-    used = sorted({border for own in shares for border, _ in own})
-    row_of = {border: len(corners) + 2 * at for at, border in enumerate(used)}
-    cells = list[tuple[int, int, float]]()
-    for at, (replica, x, y) in enumerate(columns):
-        cells.append((replica, at, 1.0))
-        for border, share in shares[replica]:
-            cells.append((row_of[border], at, share * (x - y)))
-            cells.append((row_of[border] + 1, at, share * (y - x)))
-    limits = [1.0] * len(corners)
-    for border in used:
-        limits += [borders[border].out, borders[border].into]
-    most = np.minimum(np.array(limits), 1e12)
-    rows, ats, values = zip(*cells, strict=True)
-    found = linprog(
-        [-x for _, x, _ in columns],
-        A_ub=csr_matrix((values, (rows, ats)), shape=(len(most), len(columns))),
-        b_ub=most,
-        A_eq=[[x - y for _, x, y in columns]],
-        b_eq=[0.0],
-        method="highs",
-    )
-    assert found.success, found.message
-    paid = -found.ineqlin.marginals
-    rates = [[0.0, 0.0] for _ in corners]
-    for (replica, x, y), weight in zip(columns, found.x, strict=True):
-        rates[replica][0] += x * weight
-        rates[replica][1] += y * weight
+    """The same by linear programming over weights of corners, with rows for some borders."""
+    n_replicas, n_rows = len(corners), len(corners) + 2 + 2 * len(binding)
+    replica_of = np.array([at for at, own in enumerate(corners) for _ in own])
+    x, y = np.array([corner for own in corners for corner in own]).T
+    unit = max(x.max(), y.max())
+    x, y = x / unit, y / unit
+    rows, room = np.zeros((n_rows, len(x))), np.zeros(n_rows)
+    rows[replica_of, np.arange(len(x))], room[:n_replicas] = 1.0, 1.0
+    rows[n_replicas], rows[n_replicas + 1] = x - y, y - x
+    row_of = {border: n_replicas + 2 + 2 * at for at, border in enumerate(binding)}
+    held = np.zeros((len(binding), n_replicas))
+    for replica, own in enumerate(shares):
+        for border, share in own:
+            if border in row_of:
+                held[(row_of[border] - n_replicas) // 2 - 1, replica] = share
+    net = held[:, replica_of] * (x - y)
+    rows[n_replicas + 2 :: 2], rows[n_replicas + 3 :: 2] = net, -net
+    for border, row in row_of.items():
+        room[row], room[row + 1] = borders[border].out / unit, borders[border].into / unit
+    found = maximise(x, rows, room)
+    paid = found.prices
     extra = {border: float(paid[row] - paid[row + 1]) for border, row in row_of.items()}
+    prompts = unit * np.bincount(replica_of, found.values * x, n_replicas)
+    outputs = unit * np.bincount(replica_of, found.values * y, n_replicas)
     return Balanced(
-        requests_per_s=float(-found.fun),
-        rates=tuple((x, y) for x, y in rates),
-        price=float(-found.eqlin.marginals[0]),
-        extra={border: price for border, price in extra.items() if abs(price) > 1e-12},
-        borders_earn=float(paid[len(corners) :] @ most[len(corners) :]),
+        requests_per_s=found.worth * unit,
+        rates=tuple(zip(prompts.tolist(), outputs.tolist(), strict=True)),
+        price=float(paid[n_replicas] - paid[n_replicas + 1]),
+        extra={border: price for border, price in extra.items() if price},
+        borders_earn=float(paid[n_replicas + 2 :] @ room[n_replicas + 2 :]) * unit,
     )

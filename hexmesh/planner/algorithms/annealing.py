@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hexmesh.planner.algorithms import greedy
@@ -39,6 +39,8 @@ HOTTEST, COLDEST = 0.02, 0.0005
 """Temperatures, as parts of the value at the start."""
 SHORTFALL = 20.0
 """What serving nothing of a wanted rate costs, in multiples of the price of all hosts, or of the best latency."""
+GAIN = 0.002
+"""In value, for a state to be judged on the way."""
 TIE = 1e-4
 """Weight of what only decides between equals."""
 _STEPS_BETWEEN_LOOKS = 64
@@ -88,17 +90,26 @@ class _Chain:
         self._run, self._members, self._values, self._finalists = run, members, values, finalists
         self._nearby = Nearby(run.problem.pools)
         self._move_to(self._solved(tuple(members.of_draft(start))))
+        self._offered = self._state.value
 
     def anneal(self, n_steps: int) -> None:
         """Metropolis steps; the temperature falls geometrically."""
         for step in range(n_steps):
-            if step % _STEPS_BETWEEN_LOOKS == 0 and self._run.is_over:
-                return
+            if step % _STEPS_BETWEEN_LOOKS == 0:
+                self._offer_gains()
+                if self._run.is_over:
+                    return
             temperature = HOTTEST * (COLDEST / HOTTEST) ** (step / n_steps)
             change = self._changes.draw(self._nearby, self._run.rng)
             least = self._state.value + temperature * math.log(1 - self._run.rng.random())
             if change is not None:
                 self._try(change, least)
+
+    def _offer_gains(self) -> None:
+        """What leads clearly is judged at once, so that the search may be stopped at any time."""
+        if self._state.value > self._offered + GAIN:
+            self._offered = self._state.value
+            self._run.offer(draft_of(self._state.members), NAME)
 
     def _try(self, change: Change, least: float) -> None:
         """Go there if it is worth `least`."""
@@ -117,15 +128,16 @@ class _Chain:
         there = (*kept, *come)
         if self._values.at_most(there, earned) < least:
             return
-        solved = self._solved(there)
+        solved = self._solved(there, state.balanced.extra)
         if solved.value >= least:
             self._move_to(solved)
 
-    def _solved(self, members: tuple[Member, ...]) -> _State:
+    def _solved(self, members: tuple[Member, ...], likely: Iterable[int] = ()) -> _State:
         balanced = balance(
             [member.corners for member in members],
             [member.shares for member in members],
             self._members.borders,
+            likely,
         )
         return _State(
             members=members,
