@@ -127,7 +127,7 @@ class TwinKernel:
 
     def soonest(self, weighted: Weighted, resident: float) -> Fit | None:
         """The layout with the least weighted sum of ways around."""
-        return _Masked(self, weighted[0][0], resident, math.inf).soonest(weighted)
+        return _Masked(self, weighted[-1][0], resident, math.inf).soonest(weighted)
 
     def options(self, visit: int) -> dict[int, int]:
         """The tables' options by TP degree, for the pool of a visit."""

@@ -96,16 +96,23 @@ class _TokenSearch:
         self._batches = np.append(below / n, BATCH_CAP) if is_capped else below / n
 
     def _may_gain(self, n: int) -> bool:
-        """Whether n or more micro-batches may beat the best, by a bound that leaves out the way around."""
-        stack = [(0, len(self._batches) - 1)]
+        """Whether n or more micro-batches may beat the best, by a bound that leaves out the way around.
+
+        Under a limit of time the best batch need not be a level, so what lies between two counts, too.
+        """
+        is_limited = self.limit_s < math.inf
+        batches, rooms = self._batches, self._rooms
+        if is_limited:
+            batches, rooms = np.append(1.0, batches), np.append(n, rooms)
+        stack = [(0, len(batches) - 1)]
         while stack:
             low, high = stack.pop()
-            ceiling_s = self._ceiling_s(self._batches[high], n)
-            if self._fit(low, ceiling_s, math.inf) is not None:
-                if low == high:
+            ceiling_s = self._ceiling_s(batches[high], n)
+            if self._fit(batches[low], rooms[low], ceiling_s, math.inf) is not None:
+                if high - low <= is_limited:
                     return True
                 middle = (low + high) // 2
-                stack += [(low, middle), (middle + 1, high)]
+                stack += [(low, middle), (middle + (not is_limited), high)]
         return False
 
     def _search_levels(self, n: int) -> None:
@@ -116,7 +123,7 @@ class _TokenSearch:
                 self._take_tightest(low, n)
                 continue
             ceiling_s = self._ceiling_s(self._batches[high], n)
-            found = self._fit(low, ceiling_s, n * ceiling_s)
+            found = self._fit(self._batches[low], self._rooms[low], ceiling_s, n * ceiling_s)
             if found is not None:
                 self._take(found, self._batches[low], n)
                 middle = (low + high) // 2
@@ -151,9 +158,9 @@ class _TokenSearch:
         if found is not None:
             self._take(found, batch, n)
 
-    def _fit(self, at: int, slowest_s: float, around_s: float) -> Fit | None:
-        step = Step(self.role, float(self._batches[at]))
-        return self.kernel.fit(step, self._room(float(self._rooms[at])), slowest_s, around_s)
+    def _fit(self, batch: float, resident: float, slowest_s: float, around_s: float) -> Fit | None:
+        step = Step(self.role, float(batch))
+        return self.kernel.fit(step, self._room(float(resident)), slowest_s, around_s)
 
     def _take(self, found: Fit, batch: float, n: int) -> None:
         rate = batch / max(found.slowest_s, found.around_s / n)

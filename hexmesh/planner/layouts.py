@@ -15,8 +15,9 @@ from typing import Literal
 from hexmesh.cluster import Cluster, Device, Fabric, Role
 from hexmesh.cost import LOCAL_BYTES_PER_S, LOCAL_HOP_S
 from hexmesh.errors import InvalidInput
-from hexmesh.planner.layout_dp import Fit, Kernel, TwinKernel
+from hexmesh.planner.layout_dp import Fit
 from hexmesh.planner.layout_graph import Class, Graph, graph_of
+from hexmesh.planner.layout_kernel import Kernels
 from hexmesh.planner.layout_search import fastest_prompts, fastest_tokens
 from hexmesh.planner.layout_tables import Step, Tables
 from hexmesh.planner.pools import Part, Pool, Team
@@ -76,7 +77,9 @@ class _Signature:
 class Layouts:
     """Layouts of any team of some pools, kept for as long as this lives. One caller at a time."""
 
-    def __init__(self, cluster: Cluster, pools: tuple[Pool, ...], capacities: Capacities) -> None:
+    def __init__(
+        self, cluster: Cluster, pools: tuple[Pool, ...], capacities: Capacities, *, compiled: bool = True
+    ) -> None:
         self._pools, self._capacities = pools, capacities
         self._links = cluster.link_table()
         self._sites = {site: at for at, site in enumerate(dict.fromkeys(pool.node.site for pool in pools))}
@@ -91,6 +94,7 @@ class Layouts:
             self._options.append({tp: len(groups) + at for at, tp in enumerate(kind.degrees)})
             groups += [group_like(pool.node, pool.device, tp) for tp in kind.degrees]
         self._tables = Tables(capacities, groups)
+        self._kernels = Kernels(self._tables, self._options, compiled=compiled)
         self._hops = dict[tuple[int, int], Hop | None]()
         self._solved = dict[tuple[_Signature, Role, Goal], Fit | None]()
         self._graphs = dict[_Signature, Graph]()
@@ -142,7 +146,7 @@ class Layouts:
         return self.rated(self._parts(found, self._graph(signature), classes), role)
 
     def _solve(self, signature: _Signature, role: Role, goal: Goal) -> Fit | None:
-        kernel: Kernel = TwinKernel(self._tables, self._graph(signature), self._options)
+        kernel = self._kernels.of(self._graph(signature))
         least, slo = self._tables.least_resident, self._capacities.workload.slo
         if goal == "quickest":
             room = {"prefill": least, "decode": 1.0, "mixed": max(1.0, least)}[role]
