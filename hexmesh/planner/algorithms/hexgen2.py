@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice, product
 from typing import Literal
 
 from hexmesh.papers.pd_flow import PdFlow, max_flow
@@ -40,9 +41,9 @@ from hexmesh.score.plan_score import kv_layer_bytes
 Phase = Literal["prefill", "decode"]
 MAX_K_TRIED = 8
 """Of the wide search, spread evenly."""
-ENDS = 4
-"""Groups with slack, and bottlenecks, between which swaps are tried in one round."""
-MAX_FLOWS = 400
+ROUND = 50
+"""Proposals."""
+MAX_FLOWS = 1_500
 """Networks solved for one K, fewer where they are large: solving one takes about the square of K."""
 
 
@@ -213,35 +214,40 @@ def _typed(teams: Sequence[Team], sides: Sequence[bool], prefills: bool) -> Grou
 
 
 def improve(run: Run, network: Network, builder: Builder, propose: Proposals, by: str) -> Network:
-    """Swap until no proposal lets more flow through; every network that does is offered."""
-    left = max(40, min(MAX_FLOWS, 20_000 // len(network.groups)))
-    run.offer(network.draft, by)
-    improved = True
-    while improved and not run.is_over:
-        improved = False
-        for groups in propose(network):
-            left -= 1
-            found = builder.network(groups)
-            if found.value > network.value * (1 + 1e-6):
-                network, improved = found, True
-                break
-            if left <= 0 or run.is_over:
-                break
-    run.offer(network.draft, by)
+    """Swap until no proposal lets more flow through; first and last are offered.
+
+    Proposals are looked at in rounds, and the best of the first round with a gain is taken.
+    """
+    left = max(2 * ROUND, min(MAX_FLOWS, 20_000 // len(network.groups)))
+    _offer(run, network, by)
+    proposals = iter(propose(network))
+    while left > 0 and not run.is_over:
+        tried = [builder.network(groups) for groups in islice(proposals, min(ROUND, left))]
+        if not tried:
+            break
+        left -= len(tried)
+        best = max(tried, key=lambda found: found.value)
+        if best.value > network.value * (1 + 1e-6):
+            network, proposals = best, iter(propose(best))
+    _offer(run, network, by)
     return network
 
 
+def _offer(run: Run, network: Network, by: str) -> None:
+    if network.draft:
+        run.offer(network.draft, by)
+
+
 def guided(network: Network) -> Iterator[Groups]:
-    """Swaps from where there is slack to what holds the flow up, the most slack first."""
-    order = sorted(range(len(network.groups)), key=lambda at: -network.slack[at])
-    has_slack = [at for at in order if network.slack[at] > 1e-6 * network.value]
-    full = [at for at in reversed(order) if at not in has_slack] or list(reversed(order))
-    for giver in has_slack[:ENDS]:
+    """Swaps from where there is slack to what holds the flow up, the most slack to the least first."""
+    givers = sorted(range(len(network.groups)), key=lambda at: -network.slack[at])
+    takers = givers[::-1]
+    for giver in givers:
         yield retyped(network.groups, giver)
-    for giver in has_slack[:ENDS]:
-        for taker in full[:ENDS]:
-            if giver != taker:
-                yield from _traded(network.groups, giver, taker)
+    ranks = sorted(product(range(len(givers)), repeat=2), key=sum)
+    for giver, taker in ((givers[a], takers[b]) for a, b in ranks):
+        if giver != taker:
+            yield from _traded(network.groups, giver, taker)
 
 
 def retyped(groups: Groups, at: int) -> Groups:
