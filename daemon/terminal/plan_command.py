@@ -27,6 +27,7 @@ from hexmesh.planner.objective import objective_named
 from hexmesh.planner.plan_file import (
     VERSION,
     Compared,
+    PlanFigures,
     PlanFile,
     WhatIfView,
     compared,
@@ -134,6 +135,13 @@ def plan_for(subject: Subject, asked: Asked) -> PlanFile:
     return with_fields(file, comparison=rows, what_if=before)
 
 
+def figures_for(subject: Subject, asked: Asked) -> PlanFigures | None:
+    """What the best plan does, without its account; None where nothing fits."""
+    problem = _problem(subject, asked)
+    found = _search(problem, asked, asked.algorithm)
+    return None if found.best is None else figures_of(problem, found.best)
+
+
 def apply(file: PlanFile, client: Client, state_dir: Path | None) -> None:
     """Hand objective, workload and plan to the mesh's coordinator, as its operator."""
     body = {
@@ -152,9 +160,9 @@ def _changed(subject: Subject, asked: Asked) -> tuple[Subject, WhatIfView]:
     """The subject after the changes, and what held before. Both are planned as files say, so that they compare."""
     scenario = Scenario(subject.fleet, subject.workload, subject.dtype)
     after = what_if(scenario, asked.changes)
-    old = replace(subject, cluster=scenario.cluster, hosts={})
-    found = _search(_problem(old, asked), asked, asked.algorithm)
-    figures = None if found.best is None else figures_of(_problem(old, asked), found.best)
+    problem = _problem(replace(subject, cluster=scenario.cluster), asked)
+    found = _search(problem, asked, asked.algorithm)
+    figures = None if found.best is None else figures_of(problem, found.best)
     view = WhatIfView(changes=tuple(asked.changes), before=figures, bound_before=found.bound_requests_per_s)
     new = replace(subject, cluster=after.cluster, fleet=after.fleet, workload=after.workload, hosts={})
     return new, view

@@ -96,8 +96,9 @@ _SEARCH_FLAGS = (
 )
 @flag(
     "--plot",
-    "Draw: topology, search, pareto or all of them into FILE (.png or .svg).",
+    "Draw into FILE (.png, .svg) the topology, or search:FILE, or pareto:FILE. Repeatable.",
     verb="plan",
+    multiple=True,
     metavar="[KIND:]FILE",
 )
 @flag(
@@ -138,7 +139,11 @@ def plan(
 
     from daemon.terminal.plan_command import apply, from_file, from_mesh, plan_for
 
-    asked = _asked(flags)
+    asked, plots = _asked(flags), []
+    if flags["plot"]:
+        from daemon.terminal.plot_command import checked_plots, plot_plan
+
+        plots = checked_plots(flags["plot"])
     if asked.cluster is not None:
         subject = from_file(asked)
     else:
@@ -147,10 +152,9 @@ def plan(
     _print(file, output, is_explained=flags["explain"])
     if flags["save"]:
         _save(file, flags["save"])
-    if flags["plot"]:
-        from daemon.terminal.plot_command import plot_plan
-
-        plot_plan(file, subject, asked, flags["plot"])
+    for kind, path in plots:
+        plot_plan(file, subject, asked, kind, path)
+        click.echo(f"drew {path}", err=True)
     if flags["apply"]:
         apply(file, client_of(url, state_dir, api_key_file), state_path(state_dir))
         click.echo("handed to the coordinator; `hexmesh plan` shows what it makes of it", err=True)
