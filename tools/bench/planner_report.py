@@ -91,9 +91,9 @@ def _verdict(results: Results) -> str:
 def _by_simulator(results: Results) -> tuple[int, list[str], float]:
     """(contenders, those that beat auto beyond noise, the noise)."""
     autos = dict[str, list[Peak]]()
-    for problem, names in by_problem(results).items():
-        if "auto" in names:
-            runs = [results.get(peak_key(names["auto"].key, seed)) for seed in SEEDS]
+    for problem, by_name in by_problem(results).items():
+        if "auto" in by_name:
+            runs = [results.get(peak_key(by_name["auto"].key, seed)) for seed in SEEDS]
             found = [run for run in runs if isinstance(run, Peak)]
             if found:
                 autos[problem] = found
@@ -117,9 +117,9 @@ def _by_simulator(results: Results) -> tuple[int, list[str], float]:
 def _values(results: Results) -> str:
     """Rates as shares of the best, by fleet: the mean over classes and models."""
     shares = defaultdict[tuple[str, str], list[float]](list)
-    for names in by_problem(results).values():
-        best = max(one.requests_per_s for one in names.values())
-        for name, one in names.items():
+    for members in by_problem(results).values():
+        best = max(one.requests_per_s for one in members.values())
+        for name, one in members.items():
             shares[one.cell.fleet, name].append(one.requests_per_s / best if best > 0 else 0.0)
     fleets = list(dict.fromkeys(fleet for fleet, _ in shares))
     names = list(dict.fromkeys(name for _, name in shares))
