@@ -5,8 +5,10 @@ are the same. Only pairs that are whole and have a place in their queue come int
 replica's work is its driver's last word and what this gateway itself has sent there since.
 
 - Pairs whose KV pools have room for the request now come before those where it would wait for room.
-- A replica is overloaded if it has more than SHED times the requests that would make it as full as the least full
-  one, by what the plan means each to hold at once; where requests wait, by what it really gives, too.
+- A replica that draws tokens is overloaded if it has more than SHED times the requests that would make it as full as
+  the least full one, by what the plan means each to hold at once; where requests wait, by what it really gives, too.
+- One that computes prompts is overloaded if more than a few requests are there beyond those, and by its share of the
+  prompts more than SHED times as many as where fewest are.
 - An idle replica that the asking node drives itself is taken at once: it costs no hop, and nobody waits for it.
 - Else the turn decides (`turns`), so that over time the plan's shares come about.
 
@@ -22,13 +24,15 @@ import random
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
-from hexmesh.plan import Plan, Replica
+from hexmesh.plan import Flow, Plan, Replica
 from hexmesh.serving.turns import Turns
 from hexmesh.wire.data import ReplicaStats
 
 NEAR = 1.1
 SHED = 2.0
 """Loads that differ by less are what chance and words that are a second old make of equal ones."""
+A_FEW = 8
+"""Prompts in a queue, which say nothing yet."""
 STALE_S = 5.0
 """A driver's word is told once a second; one this old says nothing of its queue any more."""
 _LEAST_TOKENS_PER_S = 1e-9
@@ -148,7 +152,7 @@ def choose_pair(
     if not taking:
         return None
     roomy = {at: pair for at, pair in taking.items() if _pair_has_room(pair, loads, n_tokens)} or taking
-    calm = _calm(roomy, loads)
+    calm = _calm(roomy, loads, plan.flows)
     for pair in calm.values():
         if pair.entry.driver == here and not any(_load(loads, one.id).n_requests for one in pair.replicas):
             return pair
@@ -177,9 +181,11 @@ def _pair_has_room(pair: Pair, loads: Mapping[str, ReplicaLoad], n_tokens: int) 
     return all(_has_kv_room(_load(loads, replica.id), n_tokens) for replica in pair.replicas)
 
 
-def _calm(pairs: Mapping[int, Pair], loads: Mapping[str, ReplicaLoad]) -> dict[int, Pair]:
+def _calm(
+    pairs: Mapping[int, Pair], loads: Mapping[str, ReplicaLoad], flows: Iterable[Flow]
+) -> dict[int, Pair]:
     """Pairs without an overloaded replica; where every pair has one, those whose worst is least so."""
-    entries = _excess({pair.entry.id: pair.entry for pair in pairs.values()}, loads)
+    entries = _excess_prompts({pair.entry.id: pair.entry for pair in pairs.values()}, loads, flows)
     decodes = _excess({pair.decode.id: pair.decode for pair in pairs.values()}, loads)
     worst = {at: max(entries[pair.entry.id], decodes[pair.decode.id]) for at, pair in pairs.items()}
     most = max(SHED, min(worst.values()))
@@ -191,6 +197,23 @@ def _excess(replicas: Mapping[str, Replica], loads: Mapping[str, ReplicaLoad]) -
     there = {name: _weight(one, _load(loads, name)) for name, one in replicas.items()}
     least = min((n + 1) / replicas[name].predicted_batch for name, n in there.items())
     return {name: n / max(1.0, least * replicas[name].predicted_batch) for name, n in there.items()}
+
+
+def _excess_prompts(
+    replicas: Mapping[str, Replica], loads: Mapping[str, ReplicaLoad], flows: Iterable[Flow]
+) -> dict[str, float]:
+    """The prompts in each, by as many as would be there if all queues took as long as the shortest.
+
+    What a replica means to hold is taken to draw tokens already. 0 where there are but a few prompts.
+    """
+    shares = dict.fromkeys(replicas, 0.0)
+    for flow in flows:
+        if flow.src in shares:
+            shares[flow.src] += flow.share
+    held = {name: one.predicted_batch for name, one in replicas.items() if one.role == "mixed"}
+    queued = {name: max(0, _load(loads, name).n_requests - held.get(name, 0)) for name in replicas}
+    least = min((n + 1) / shares[name] for name, n in queued.items())
+    return {name: n / max(1.0, least * shares[name]) if n > A_FEW else 0.0 for name, n in queued.items()}
 
 
 def _weight(replica: Replica, load: ReplicaLoad) -> float:
