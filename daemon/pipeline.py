@@ -339,7 +339,7 @@ class ReplicaDriver:
     def _depth(self, n_groups: int) -> int:
         """How many steps may be in flight: prompts need no answer before the next chunk goes."""
         batcher = self._batcher
-        if batcher.n_decoding == len(batcher.running) and not batcher.waiting:
+        if not batcher.has_prompts:
             return n_groups
         return max(n_groups, self._pacing.prompt_depth(batcher.limits.step_tokens))
 

@@ -8,6 +8,9 @@ computed again later (its tokens are kept, so nothing it emitted changes).
 
 A row counts only if everything before it is known to be computed when it is answered. Else, and when its step is
 lost, it is scheduled anew, and what later steps in flight bring for that sequence is void.
+
+A sequence whose prompt another replica computed is taken up like any other, then waits for its KV, and decodes; should
+it have to give way later, it is computed here. Where it was computed, its blocks stay leased until they were sent.
 """
 
 from __future__ import annotations
@@ -51,6 +54,9 @@ class Batcher:
         """Those running whose first token is yet to come, since they were taken up."""
         self._ready: dict[Sequence, None] = {}
         """Those decoding with nothing in flight, longest waiting first."""
+        self._arriving: dict[Sequence, None] = {}
+        """Those running whose KV is on its way; it counts as in flight, for it is written into their blocks."""
+        self._to_fetch: list[Sequence] = []
         self._by_id: dict[str, Sequence] = {}
         self._in_flight: dict[int, _Flight] = {}
         self._last_step = 0
@@ -60,7 +66,7 @@ class Batcher:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._admission.waiting or self._running or self._in_flight)
+        return bool(self._admission.waiting or self._running or self._arriving or self._in_flight)
 
     @property
     def n_in_flight(self) -> int:
@@ -70,7 +76,17 @@ class Batcher:
     @property
     def n_decoding(self) -> int:
         """How many sequences draw one token after the other now."""
-        return len(self._running) - len(self._prefilling)
+        return len(self._running) - len(self._prefilling) - len(self._arriving)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether prompts wait or are being computed."""
+        return bool(self._prefilling or self._admission.waiting)
+
+    @property
+    def n_running(self) -> int:
+        """How many sequences have blocks."""
+        return len(self._running)
 
     @property
     def running(self) -> list[Sequence]:
@@ -113,7 +129,7 @@ class Batcher:
             )
         self.cancel(sequence.id)
         n_waiting = len(self._admission.waiting)
-        if n_waiting >= self.limits.max_waiting:
+        if n_waiting >= self.limits.max_waiting and not sequence.awaits_kv:  # that one was let in elsewhere
             raise Busy(
                 f"{n_waiting} requests wait already",
                 code="queue_full",
@@ -149,6 +165,11 @@ class Batcher:
     def abandon(self) -> list[Sequence]:
         """Give up everything held, in flight too; the sequences that were still wanted."""
         held = self.sequences()
+        for sequence in self._arriving:
+            sequence.n_in_flight = 0
+            self.pool.release(sequence.blocks)
+        self._arriving.clear()
+        self._to_fetch.clear()
         for flight in self._in_flight.values():
             for row in flight.batch.rows:
                 row.sequence.n_in_flight = 0
@@ -207,6 +228,25 @@ class Batcher:
         if flight is not None:
             landed = {row.sequence: row for row in flight.batch.rows if self._lands(row, flight)}
             self._schedule_anew(step, landed)
+
+    def to_fetch(self) -> list[Sequence]:
+        """Sequences that got blocks for KV from elsewhere, each told once: all from `n_computed` on is to be sent."""
+        new, self._to_fetch = self._to_fetch, []
+        return new
+
+    def received(self, sequence: Sequence) -> None:
+        """KV that was on its way lies in the sequence's blocks (or will never be sent, if nobody wants it any more)."""
+        if sequence not in self._arriving:
+            return  # given up
+        del self._arriving[sequence]
+        sequence.n_in_flight -= 1
+        sequence.awaits_kv = False
+        if sequence.is_over:
+            self.pool.release(sequence.blocks)
+            return
+        sequence.n_computed = sequence.n_scheduled = len(sequence.tokens) - 1
+        self._seal(sequence)
+        self._ready[sequence] = None
 
     def steps_until_change(self) -> int:
         """How many rounds lie ahead in which nothing happens but that each running sequence draws one token.
@@ -278,6 +318,8 @@ class Batcher:
         if finish_reason is None:
             self._ready[sequence] = None
         else:
+            if sequence.kept_s:
+                self.pool.lease(sequence.lease_id, sequence.blocks, now_s + sequence.kept_s)
             self._drop(sequence)
             self._turnover.ended(now_s)
         return Emission(sequence, first, drawn[:n_taken], finish_reason)
@@ -327,7 +369,12 @@ class Batcher:
             return
         for sequence in self._admission.admit(len(self._running), self.limits.max_running, self._last_step):
             self._running[sequence] = None
-            self._prefilling[sequence] = None
+            if sequence.awaits_kv:
+                sequence.n_in_flight += 1
+                self._arriving[sequence] = None
+                self._to_fetch.append(sequence)
+            else:
+                self._prefilling[sequence] = None
 
     def _prompt_rows(self, n_left: int) -> list[ScheduledRow]:
         if not self._prefilling:

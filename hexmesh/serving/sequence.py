@@ -42,6 +42,10 @@ class Sequence:
     """Tokens that may come next, for its next decode row to verify; set by whoever guesses, cleared once judged."""
     n_cached: int = 0
     """Prompt tokens that were found in the prefix cache when it was first taken up."""
+    awaits_kv: bool = False
+    """Another replica computed all but its last token: its KV is sent once there are blocks for it (`to_fetch`)."""
+    kept_s: float = 0.0
+    """How long its blocks stay leased, as `lease_id`, when it has ended here: until their KV is handed over."""
 
     # What follows is its batcher's.
     rank: tuple[int, int] = (0, 0)
@@ -63,6 +67,10 @@ class Sequence:
     """Whether it ever ran."""
     is_over: bool = False
     """Ended, cancelled or dropped: what steps in flight bring for it is ignored."""
+
+    @property
+    def lease_id(self) -> str:
+        return f"{self.id}/{self.attempt}"
 
     @property
     def n_output(self) -> int:
