@@ -1,0 +1,24 @@
+"""A plan at work in virtual time: what requests meet, stage by stage and link by link."""
+
+from hexmesh.sim.result import (
+    HandoffUse,
+    Point,
+    ReplicaUse,
+    SimResult,
+    Spread,
+    StageUse,
+    WayUse,
+)
+from hexmesh.sim.simulate import Failure, simulate
+
+__all__ = [
+    "Failure",
+    "HandoffUse",
+    "Point",
+    "ReplicaUse",
+    "SimResult",
+    "Spread",
+    "StageUse",
+    "WayUse",
+    "simulate",
+]
