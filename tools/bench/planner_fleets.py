@@ -137,9 +137,7 @@ def cells(*, quick: bool) -> Iterator[Cell]:
 
 
 def _cell(fleet: str, workload: str, model: str, algorithm: str) -> Cell:
-    return Cell(
-        fleet=fleet, workload=workload, model=model, algorithm=algorithm, budget_s=budget_s(fleet)
-    )
+    return Cell(fleet=fleet, workload=workload, model=model, algorithm=algorithm, budget_s=budget_s(fleet))
 
 
 @cache
@@ -159,9 +157,7 @@ def workload_named(name: str) -> Workload:
     return Workload(prompt_tokens=512, output_tokens=128) if name == PLAIN else Workload.of(CLASSES[name])
 
 
-def problem_of(
-    fleet: str, workload: str, model: str, roles: frozenset[Role] = frozenset(ROLES)
-) -> Problem:
+def problem_of(fleet: str, workload: str, model: str, roles: frozenset[Role] = frozenset(ROLES)) -> Problem:
     """What is planned in a cell."""
     return Problem(
         cluster=cluster_named(fleet),
@@ -176,9 +172,7 @@ def problem_of(
 def run_cell(cell: Cell) -> Planned:
     """Plan it."""
     problem = problem_of(cell.fleet, cell.workload, cell.model)
-    found = search(
-        problem, cell.algorithm, seed=SEED, clock=time.perf_counter, budget_s=cell.budget_s
-    )
+    found = search(problem, cell.algorithm, seed=SEED, clock=time.perf_counter, budget_s=cell.budget_s)
     best = found.best
     return Planned(
         cell=cell,

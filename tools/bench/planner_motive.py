@@ -40,9 +40,7 @@ class Motive:
 def motive(slow_bytes_per_s: float) -> Motive:
     """With the machines' network at that rate."""
     problem = problem_of(FLEET, "512/128", "Llama-2-70B")
-    capacities = Capacities(
-        CostModel(spec_named("Llama-2-70B"), "float16", 16, StepLimits()), REQUEST
-    )
+    capacities = Capacities(CostModel(spec_named("Llama-2-70B"), "float16", 16, StepLimits()), REQUEST)
     a6000, a5000, a4000 = range(3)
     apart = [(a6000, 1)] * 4 + [(a5000, 1)] * 2 + [(a4000, 1)] * 2
     return Motive(

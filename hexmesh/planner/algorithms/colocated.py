@@ -20,8 +20,10 @@ from hexmesh.planner.run import Run
 from hexmesh.planner.spectral import graph_of, partition
 
 MAX_PARTITIONS = 6
-MAX_TRADES = 4_000
+MAX_TRADES = 1_000
 """Tried in all."""
+LARGEST = 6
+"""Replicas that a team's memory could hold at most: larger ones take long to lay out, and hardly ever win."""
 NEAR = 6
 """Teams that each may trade with, those next to it in the order of the partition."""
 
@@ -45,6 +47,11 @@ class Sum:
         may_be = bool(team) and self.problem.may_be(team, "mixed")
         return self.problem.layouts.best(team, "mixed") if may_be else None
 
+    def is_small(self, teams: Teams) -> bool:
+        pools = self.problem.pools
+        held = (sum(n * pools[pool].device.budget_bytes for pool, n in team) for team in teams)
+        return max(held) <= LARGEST * replica_bytes(self.problem)
+
     def draft(self, teams: Teams) -> Draft:
         return tuple(layout for team in teams if (layout := self.layout(team)) is not None)
 
@@ -62,9 +69,7 @@ def search(run: Run) -> None:
         best = max(best, teams, key=total.of)
         if run.is_over:
             return
-    best = _improved(run, total, best)
-    if draft := total.draft(best):
-        run.offer(draft, "colocated")
+    _improved(run, total, best)
 
 
 def _starts(problem: Problem) -> Iterator[Teams]:
@@ -78,19 +83,18 @@ def _starts(problem: Problem) -> Iterator[Teams]:
             yield tuple(partition(graph, n_groups, replica_bytes(problem)))
 
 
-def _improved(run: Run, total: Sum, teams: Teams) -> Teams:
-    left = MAX_TRADES
-    improved = True
+def _improved(run: Run, total: Sum, teams: Teams) -> None:
+    left, improved = MAX_TRADES, True
     while improved and left > 0:
         improved = False
         for old, new in _trades(teams):
             left -= 1
             if left <= 0 or run.is_over:
                 break
-            if total.of(new) > total.of(old) * (1 + 1e-9) + 1e-12:
+            if total.is_small(new) and total.of(new) > total.of(old) * (1 + 1e-9) + 1e-12:
                 teams, improved = _replaced(teams, old, new), True
+                run.offer(total.draft(teams), "colocated")
                 break
-    return teams
 
 
 def _trades(teams: Sequence[Team]) -> Iterator[tuple[Teams, Teams]]:
