@@ -180,9 +180,7 @@ def _exceeded(
                 net[border] += share * (x - y)
     tolerance = _TOLERANCE * sum(x for x, _ in rates)
     return {
-        at
-        for at, n in net.items()
-        if n > borders[at].out + tolerance or n < -borders[at].into - tolerance
+        at for at, n in net.items() if n > borders[at].out + tolerance or n < -borders[at].into - tolerance
     }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hexmesh.errors import InvalidInput
 from hexmesh.planner.algorithms import (
     annealing,
+    auto,
     colocated,
     columns,
     distserve,
@@ -87,7 +88,7 @@ def search(
 
 
 ALGORITHMS: Mapping[str, Search] = {
-    "auto": greedy.search,
+    "auto": auto.search,
     "exhaustive": exhaustive.search,
     "columns": columns.search,
     "annealing": annealing.search,

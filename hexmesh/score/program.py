@@ -80,7 +80,9 @@ class Program:
     def solve(self) -> Solution | None:
         """As a linear program, whatever should be an integer; None if the demands cannot be met."""
         if not self.worth:
-            return Solution(values=np.zeros(0), worth=0.0, limits={}, caps={}, balances={}, losses=np.zeros(0))
+            return Solution(
+                values=np.zeros(0), worth=0.0, limits={}, caps={}, balances={}, losses=np.zeros(0)
+            )
         most = np.array(self.most)
         found = linprog(
             -np.array(self.worth),

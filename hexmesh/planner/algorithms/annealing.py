@@ -206,4 +206,6 @@ class _Finalists:
 
     def drafts(self) -> list[Draft]:
         """The best first."""
-        return [draft for value in sorted(self._drafts, reverse=True) for draft in self._drafts[value].values()]
+        return [
+            draft for value in sorted(self._drafts, reverse=True) for draft in self._drafts[value].values()
+        ]

@@ -155,9 +155,7 @@ class Groups:
         ]
         return (one, rng.choice(others)) if others else None
 
-    def _with(
-        self, partition: Partition, gone: Sequence[Team], come: Sequence[Team]
-    ) -> Partition | None:
+    def _with(self, partition: Partition, gone: Sequence[Team], come: Sequence[Team]) -> Partition | None:
         if not all(self.holds_model(team) for team in come):
             return None
         left = list(partition)
@@ -200,7 +198,9 @@ def _holds_model(problem: Problem) -> Callable[[Team], bool]:
 
 def _region_of_pools(problem: Problem, rng: random.Random) -> list[int]:
     """The region of each pool's host."""
-    delays = delay_matrix(problem.cluster, problem.capacities.workload.prompt_tokens * problem.capacities.model.hidden_bytes)
+    delays = delay_matrix(
+        problem.cluster, problem.capacities.workload.prompt_tokens * problem.capacities.model.hidden_bytes
+    )
     by_host = dict(zip((node.id for node in problem.cluster.nodes), regions(delays, rng), strict=True))
     return [by_host[pool.node.id] for pool in problem.pools]
 

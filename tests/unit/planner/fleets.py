@@ -13,7 +13,9 @@ def pools_like(sizes: Sequence[int], *, n_hosts: int = 3) -> tuple[Pool, ...]:
     device = Device(index=0, kind="cuda", name="", budget_bytes=2**30, flops_per_s=1e12, bytes_per_s=1e11)
     return tuple(
         Pool(
-            node=Node(id=f"n{at % n_hosts}", name=f"n{at % n_hosts}", site=f"s{at % n_hosts % 2}", devices=()),
+            node=Node(
+                id=f"n{at % n_hosts}", name=f"n{at % n_hosts}", site=f"s{at % n_hosts % 2}", devices=()
+            ),
             device=device,
             devices=tuple(range(size)),
             degrees=(1,),
