@@ -18,7 +18,7 @@ from hexmesh.sim.result import (
     WayUse,
     spread_of,
 )
-from hexmesh.workload import Slo
+from hexmesh.workload import Workload
 
 MAX_POINTS = 400
 FIRST_POINT_S = 0.05
@@ -186,8 +186,9 @@ class Record:
 
     # --- the result ---
 
-    def result(self, n_requests: int, slo: Slo, *, is_saturated: bool) -> SimResult:
+    def result(self, n_requests: int, workload: Workload) -> SimResult:
         """What the run found."""
+        slo, is_saturated = workload.slo, workload.arrivals is None
         end = self._end or self._counters()
         begin = self._begin or end
         seconds = max(end.at_s - begin.at_s, 1e-12)
@@ -197,6 +198,9 @@ class Record:
             if begin.at_s <= (one.end_s if is_saturated else one.arrival_s) <= end.at_s
         ]
         n_failed = sum(begin.at_s <= arrival_s <= end.at_s for arrival_s in self._failed_s)
+        rate = (end.n_served - begin.n_served) / seconds
+        if is_saturated:  # who ends in the window may have drawn most before it, and the other way round
+            rate = (end.n_tokens - begin.n_tokens) / seconds / workload.output_tokens
         n_good = sum(slo.is_met(one.ttft_s, one.tpot_s or 0.0) for one in measured)
         return SimResult(
             n_requests=n_requests,
@@ -211,7 +215,7 @@ class Record:
             ttft_s=spread_of([one.ttft_s for one in measured]),
             tpot_s=spread_of([one.tpot_s for one in measured if one.tpot_s is not None]),
             end_to_end_s=spread_of([one.end_to_end_s for one in measured]),
-            requests_per_s=(end.n_served - begin.n_served) / seconds,
+            requests_per_s=rate,
             output_tokens_per_s=(end.n_tokens - begin.n_tokens) / seconds,
             goodput_share=n_good / max(1, len(measured) + n_failed),
             goodput_requests_per_s=n_good / seconds,

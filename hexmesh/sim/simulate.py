@@ -200,8 +200,7 @@ class Simulation:
         self._tell()
         self._events.watch(lambda: self._record.look(self._gateway.n_without_route))
         self._events.run_while(self._is_wanted)
-        scenario = self._scenario
-        return self._record.result(self._n_wanted, scenario.workload.slo, is_saturated=scenario.is_saturated)
+        return self._record.result(self._n_wanted, self._scenario.workload)
 
     def _start(self, replica: Replica) -> SimulatedReplica:
         return SimulatedReplica(

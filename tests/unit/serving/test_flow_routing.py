@@ -170,6 +170,26 @@ def test_a_pair_is_overloaded_if_either_of_it_is() -> None:
     assert Gateway(SPLIT).counts(10, at_decode) == {"pd": 8, "mm": 2}
 
 
+def test_prompts_in_a_queue_count_by_its_share_of_them() -> None:
+    """Though a replica that computes prompts alone holds no outputs, and another does both."""
+    wanted = plan(
+        (replica("p", "prefill", batch=1), replica("q", "prefill", batch=1), replica("m", batch=100)),
+        ("p", "m", 0.6),
+        ("q", "m", 0.2),
+        ("m", "m", 0.2),
+    )
+    in_proportion = {
+        "p": ReplicaLoad(n_requests=30),
+        "q": ReplicaLoad(n_requests=10),
+        "m": ReplicaLoad(n_requests=110),
+    }
+    assert Gateway(wanted).counts(10, in_proportion) == {"pm": 6, "qm": 2, "mm": 2}
+    too_many = {**in_proportion, "q": ReplicaLoad(n_requests=30)}
+    assert Gateway(wanted).counts(8, too_many) == {"pm": 6, "mm": 2}
+    a_few = {"p": ReplicaLoad(n_requests=1), "q": ReplicaLoad(n_requests=8)}
+    assert Gateway(wanted).counts(10, a_few) == {"pm": 6, "qm": 2, "mm": 2}
+
+
 def test_kv_room_and_places_count_at_both_ends() -> None:
     no_room = ReplicaLoad(queue_room=3, kv_room_tokens=9)
     full = ReplicaLoad(queue_room=0)
