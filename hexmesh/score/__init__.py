@@ -3,7 +3,7 @@
 `Capacities` rates one replica in each role, `best_flow` puts replicas together, `score_replicas` does both for a plan.
 """
 
-from hexmesh.score.bound import fluid_bound
+from hexmesh.score.bound import Density, density_of, fluid_bound, latency_bound, price_bound
 from hexmesh.score.capacity import Capacities, Decode, Mixed, Prefill, Residency
 from hexmesh.score.flows import FlowScore, Held, Limit, ReplicaRates, best_flow, handoff_bytes
 from hexmesh.score.pipeline import Hop, Pipeline, Seat, pipeline_of
@@ -12,6 +12,7 @@ from hexmesh.score.plan_score import replica_rates, score_replicas
 __all__ = [
     "Capacities",
     "Decode",
+    "Density",
     "FlowScore",
     "Held",
     "Hop",
@@ -23,9 +24,12 @@ __all__ = [
     "Residency",
     "Seat",
     "best_flow",
+    "density_of",
     "fluid_bound",
     "handoff_bytes",
+    "latency_bound",
     "pipeline_of",
+    "price_bound",
     "replica_rates",
     "score_replicas",
 ]

@@ -13,19 +13,26 @@ have no bubble and no hops, nothing but the layers takes memory, limits of time 
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
-import numpy as np
 from msgspec.structs import replace
-from scipy.optimize import linprog
 
-from hexmesh.cluster import Cluster, Device, Node
+from hexmesh.cluster import Cluster, Device, Node, Role
 from hexmesh.plan import DTYPE_BYTES
 from hexmesh.roofline import Group
 from hexmesh.score.capacity import BATCH_CAP, Capacities
 from hexmesh.score.pipeline import launch_s
+from hexmesh.score.program import Program
+
+ROLES: tuple[Role, ...] = ("mixed", "prefill", "decode")
+_LEAST_BYTES_PER_S = 1.0
+"""A border that is closed counts as this."""
+_GAP = 1e-3
+_MAX_NODES = 300
+_LIMIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,58 +56,117 @@ class _Pool:
     density: Density
 
 
-def fluid_bound(cluster: Cluster, capacities: Capacities) -> float:
-    """Requests per second that no plan over the cluster exceeds, by this score."""
-    pools = _pools(cluster, capacities)
-    if not pools:
-        return 0.0
-    n = len(pools)
-    kv_bytes = capacities.model.kv_bytes(capacities.workload.prompt_tokens)
-    rows, most = [], []
-    for at, pool in enumerate(pools):
-        row = np.zeros(2 * n)
-        row[at] = 1 / (pool.n_devices * pool.density.prefill) if pool.density.prefill else 0.0
-        row[n + at] = 1 / (pool.n_devices * pool.density.decode) if pool.density.decode else 0.0
-        rows.append(row)
-        most.append(1.0)
-    for members, out, into in _borders(cluster, pools):
-        row = np.zeros(2 * n)
-        row[members], row[[n + at for at in members]] = 1.0, -1.0
-        rows += [row, -row]
-        most += [out / kv_bytes, into / kv_bytes]
-    kept = [at for at, limit in enumerate(most) if np.isfinite(limit)]
-    balance = np.concatenate([np.ones(n), -np.ones(n)])
-    found = linprog(
-        -np.concatenate([np.ones(n), np.zeros(n)]),
-        A_ub=np.array(rows)[kept],
-        b_ub=np.array(most)[kept],
-        A_eq=balance[None, :],
-        b_eq=[0.0],
-        bounds=[(0, None if pool.density.prefill else 0) for pool in pools]
-        + [(0, None if pool.density.decode else 0) for pool in pools],
-        method="highs",
+def fluid_bound(cluster: Cluster, capacities: Capacities, roles: Set[Role] = frozenset(ROLES)) -> float:
+    """Requests per second that no plan over the cluster exceeds, by this score, with replicas of those roles."""
+    program = Program()
+    _fill(program, cluster, capacities, roles, worth=1.0, gates={})
+    solution = program.solve()
+    assert solution is not None
+    return solution.worth
+
+
+def price_bound(
+    cluster: Cluster, capacities: Capacities, requests_per_s: float, roles: Set[Role] = frozenset(ROLES)
+) -> float:
+    """Price per hour that any plan for the rate costs at least; infinite where none reaches it.
+
+    A host is paid for in whole if anything of it is used; one without a known price is free.
+    """
+    program = Program()
+    gates = {
+        node.id: program.variable(-(node.price_per_h or 0.0), 1.0, is_integer=True) for node in cluster.nodes
+    }
+    for x in _fill(program, cluster, capacities, roles, worth=0.0, gates=gates):
+        program.demand("rate", x, 1 / requests_per_s)
+    if program.solve() is None:
+        return math.inf
+    return max(0.0, -program.most_of_integers(gap=_GAP, max_nodes=_MAX_NODES, limit_s=_LIMIT_S))
+
+
+def latency_bound(cluster: Cluster, capacities: Capacities) -> float:
+    """Seconds that any request takes at least: its layers on the quickest devices, as many as those have room for."""
+    spec, total_s = capacities.costs.spec, 0.0
+    left = float(spec.n_layers)
+    least_bytes = min(layer.params for layer in set(spec.layers)) * DTYPE_BYTES[capacities.costs.dtype]
+    quickest = sorted(
+        (_request_layer_s(node, device, capacities), device.budget_bytes)
+        for node in cluster.nodes
+        for device in node.devices
+        if device.flops_per_s > 0 and device.bytes_per_s > 0
     )
-    assert found.success, found.message
-    return float(-found.fun)
+    for layer_s, budget_bytes in quickest:
+        taken = min(left, budget_bytes / least_bytes)
+        left, total_s = left - taken, total_s + taken * layer_s
+    return total_s if left <= 1e-9 else math.inf
+
+
+def _request_layer_s(node: Node, device: Device, capacities: Capacities) -> float:
+    """A prompt and the tokens after the first of one request alone, through one layer."""
+    workload, model, layers = capacities.workload, capacities.model, set(capacities.costs.spec.layers)
+    groups = _groups(node, device, _degrees(node, capacities))
+    prefill_s = min(
+        model.prefill_layer_s(group, layer, workload.prompt_tokens) for group in groups for layer in layers
+    )
+    decode_s = min(
+        model.decode_layer_s(group, layer, 1.0, workload.mean_context) for group in groups for layer in layers
+    )
+    return prefill_s + max(0.0, workload.output_tokens - 1) * decode_s
+
+
+def _fill(
+    program: Program,
+    cluster: Cluster,
+    capacities: Capacities,
+    roles: Set[Role],
+    *,
+    worth: float,
+    gates: Mapping[str, int],
+) -> list[int]:
+    """Rows of busy shares and borders; the variables of prompts."""
+    pools = _pools(cluster, capacities, roles)
+    prompts, outputs = list[int](), list[int]()
+    for at, pool in enumerate(pools):
+        gate = gates.get(cluster.nodes[pool.node].id)
+        prompts.append(_phase(program, at, pool.n_devices * pool.density.prefill, worth, gate))
+        outputs.append(_phase(program, at, pool.n_devices * pool.density.decode, 0.0, gate))
+        program.balance("served", prompts[at], 1.0)
+        program.balance("served", outputs[at], -1.0)
+    kv_bytes = capacities.model.kv_bytes(capacities.workload.prompt_tokens)
+    for number, (members, out, into) in enumerate(_borders(cluster, pools)):
+        for at in members:
+            for way, sign, limit in (("out", 1.0, out), ("in", -1.0, into)):
+                program.use((way, number), prompts[at], sign * kv_bytes, max(limit, _LEAST_BYTES_PER_S))
+                program.use((way, number), outputs[at], -sign * kv_bytes, max(limit, _LEAST_BYTES_PER_S))
+    return prompts
+
+
+def _phase(program: Program, pool: int, rate: float, worth: float, gate: int | None) -> int:
+    at = program.variable(worth)
+    program.use(("busy", pool), at, 1.0, rate, gate)
+    return at
 
 
 def density_of(
-    node: Node, device: Device, degrees: tuple[int, ...], roles: frozenset[str], capacities: Capacities
+    node: Node, device: Device, degrees: Iterable[int], roles: Set[Role], capacities: Capacities
 ) -> Density:
     """What one device of the node gives at most, in groups of any of the degrees and in those roles."""
-    groups = [Group(device=device, fabric=node.fabric, tp=tp, launch_s=launch_s(node)) for tp in degrees]
-    can_prefill, can_decode = roles != {"decode"}, roles != {"prefill"}
+    groups = _groups(node, device, degrees)
+    can_prefill, can_decode = not roles <= {"decode"}, not roles <= {"prefill"}
     return Density(
         max((_prefill(group, capacities) for group in groups), default=0.0) if can_prefill else 0.0,
         max((_decode(group, capacities) for group in groups), default=0.0) if can_decode else 0.0,
     )
 
 
-def _pools(cluster: Cluster, capacities: Capacities) -> list[_Pool]:
+def _groups(node: Node, device: Device, degrees: Iterable[int]) -> list[Group]:
+    return [Group(device=device, fabric=node.fabric, tp=tp, launch_s=launch_s(node)) for tp in degrees]
+
+
+def _pools(cluster: Cluster, capacities: Capacities, asked: Set[Role]) -> list[_Pool]:
     known = dict[object, Density]()
     found = []
     for at, node in enumerate(cluster.nodes):
-        roles = frozenset(node.roles or ("mixed", "prefill", "decode"))
+        roles = frozenset(node.roles or ROLES) & asked
         degrees = _degrees(node, capacities)
         alike = Counter(replace(device, index=0, name="", kind="cuda") for device in node.devices)
         for device, n_devices in alike.items():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
 from scipy.sparse import csr_matrix, vstack
 
 _INFEASIBLE = 2
@@ -108,20 +108,28 @@ class Program:
 
     def solve_integers(self, *, gap: float, max_nodes: int, limit_s: float) -> NDArray[np.float64] | None:
         """The best found with integers as integers; None if none was found. Cut off by nodes, and by time only late."""
+        found = self._branch_and_bound(gap, max_nodes, limit_s)
+        return None if found.x is None else np.maximum(found.x, 0.0)
+
+    def most_of_integers(self, *, gap: float, max_nodes: int, limit_s: float) -> float:
+        """What no solution with integers as integers is worth more than; minus infinity if there is none."""
+        found = self._branch_and_bound(gap, max_nodes, limit_s)
+        return -math.inf if found.mip_dual_bound is None else -float(found.mip_dual_bound)
+
+    def _branch_and_bound(self, gap: float, max_nodes: int, limit_s: float) -> OptimizeResult:
         n_limits, n_balances = len(self.limits), len(self.balances)
         is_integer = np.zeros(len(self.worth))
         is_integer[self.integers] = 1
         lower = np.concatenate([np.full(n_limits, -np.inf), np.zeros(n_balances)])
         upper = np.concatenate([self._room, np.zeros(n_balances)])
         rows = vstack([self._limit_rows, self._balance_rows], format="csr")
-        found = milp(
+        return milp(
             -np.array(self.worth),
             integrality=is_integer,
             bounds=Bounds(0.0, np.array(self.most)),
             constraints=[LinearConstraint(rows, lower, upper)],
             options={"mip_rel_gap": gap, "node_limit": max_nodes, "time_limit": limit_s},
         )
-        return None if found.x is None else np.maximum(found.x, 0.0)
 
     @property
     def _room(self) -> NDArray[np.float64]:
