@@ -37,7 +37,7 @@ from hexmesh.planner.handoff_caps import HandoffCaps
 from hexmesh.planner.objective import Latency, LeastCost
 from hexmesh.planner.partitions import n_teams_within, partitions, teams_within
 from hexmesh.planner.pools import ROLES, Team
-from hexmesh.planner.problem import Draft, Problem
+from hexmesh.planner.problem import Draft, Judged, Problem
 from hexmesh.planner.run import Run
 from hexmesh.score.plan_score import kv_layer_bytes
 
@@ -113,9 +113,10 @@ class _Search:
         else:
             self._fastest(nodes)
         if any(not choice.is_complete for found in self.choices for choice in found.values()):
-            self.run.notes.append(
-                "exhaustive: large teams have too many layouts, only those near the best were tried"
-            )
+            self.run.notes.append("exhaustive: of teams with too many layouts only those near the best were tried")
+            found = self.run.best_by.get(BY)
+            if found is not None:
+                align(self.run, found, BY)
         if self.is_over:
             self.run.notes.append("exhaustive: ended before all partitions were looked into")
 
@@ -154,14 +155,15 @@ class _Search:
             if node.bound >= wanted
             for roles in _roles(node.teams, [self.choices[team] for team in node.teams])
         )
-        best = self.run.problem.judge(())
+        best: Judged | None = None
         for least_s, teams, roles in every:
-            if self.is_over or (best.figures.requests_per_s >= wanted and least_s >= best.figures.latency_s):
+            if self.is_over or (best is not None and least_s >= _latency_s(best, wanted)):
                 break
             for draft in self._quick_or_fast(teams, roles):
                 self.n_judged += 1
-                best = max(best, self.run.offer(draft, BY), key=lambda judged: judged.worth)
-        if best.figures.requests_per_s >= wanted:
+                judged = self.run.offer(draft, BY)
+                best = judged if best is None or judged.worth > best.worth else best
+        if best is not None and _latency_s(best, wanted) < float("inf"):
             align(self.run, best, BY)
         else:
             self._fastest(nodes)
@@ -336,6 +338,11 @@ def _roles(teams: Sequence[int], choices: Sequence[dict[Role, Choice]]) -> Itera
         roles = tuple(role for part in split for role in part)
         if set(roles) - {"prefill"} and set(roles) - {"decode"}:
             yield roles
+
+
+def _latency_s(judged: Judged, wanted: float) -> float:
+    """Infinite where the rate is not served."""
+    return judged.figures.latency_s if judged.figures.requests_per_s >= wanted else float("inf")
 
 
 def _may_hold(problem: Problem, team: Team) -> bool:
