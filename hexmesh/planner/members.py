@@ -17,6 +17,8 @@ from hexmesh.score.plan_score import kv_layer_bytes
 
 LARGEST_TEAM = 6
 """In multiples of the weights. Larger ones hardly ever win, and their layouts take longest."""
+MOST_KINDS = 4
+"""Of pools in a team: those of a site with as many of the same device are one. More kinds take long and do not win."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -44,6 +46,8 @@ class Members:
         self._weight_bytes = problem.capacities.costs.weight_bytes(0, problem.spec.n_layers)
         kv_bytes = kv_layer_bytes(problem.capacities) * problem.spec.n_layers
         self.borders = borders_of(problem.cluster, kv_bytes)
+        looks = [(pool.device, pool.node.site) for pool in problem.pools]
+        self._kinds = [looks.index(look) for look in looks]
         self._known = dict[tuple[Team, Role], Member | None]()
 
     def of(self, team: Team, role: Role) -> Member | None:
@@ -65,6 +69,8 @@ class Members:
     def _made(self, team: Team, role: Role) -> Member | None:
         room = room_bytes(team, self._problem.pools)
         if not self._weight_bytes < room <= LARGEST_TEAM * self._weight_bytes:
+            return None
+        if len(team) > MOST_KINDS and len({(self._kinds[pool], n) for pool, n in team}) > MOST_KINDS:
             return None
         if not self._problem.may_be(team, role):
             return None

@@ -25,7 +25,7 @@ from hexmesh.planner.changes import Change, Changes, Nearby
 from hexmesh.planner.layouts import Layout
 from hexmesh.planner.members import Member, Members, draft_of
 from hexmesh.planner.moves import idle
-from hexmesh.planner.objective import Latency, LeastCost
+from hexmesh.planner.objective import WORTHLESS, Latency, LeastCost, Worth
 from hexmesh.planner.problem import Draft, Judged, Problem
 from hexmesh.planner.run import Run
 
@@ -33,9 +33,11 @@ NAME = "annealing"
 N_STARTS = 3
 N_FINALISTS, N_ALIKE = 20, 2
 """Values whose states are judged exactly, and states of each."""
-STEPS, STEPS_PER_DEVICE = 4000, 500
-"""Of all chains together."""
-HOTTEST, COLDEST = 0.02, 0.0005
+STEPS, STEPS_PER_DEVICE = 500, 50
+"""Of the first chains."""
+LEAST_GAIN = 1e-3
+"""Of a chain that is followed by a longer one."""
+HOTTEST, COLDEST = 0.01, 0.0003
 """Temperatures, as parts of the value at the start."""
 SHORTFALL = 20.0
 """What serving nothing of a wanted rate costs, in multiples of the price of all hosts, or of the best latency."""
@@ -48,18 +50,30 @@ _STEPS_BETWEEN_LOOKS = 64
 
 
 def search(run: Run) -> None:
-    """Improves on the best drafts of other searches, and on what serves now."""
+    """Improves on the best drafts of other searches, and on what serves now.
+
+    A short chain from each of the best; then from the best of all, each chain twice as long as the one before, until
+    one brings nothing.
+    """
     starts = _starts(run)
     if run.best is None:
         return
-    members, finalists = Members(run.problem), _Finalists()
+    members = Members(run.problem)
     values = _Values(run.problem, members, run.best)
-    n_steps = (STEPS + STEPS_PER_DEVICE * sum(pool.size for pool in run.problem.pools)) // len(starts)
+    n_steps = STEPS + STEPS_PER_DEVICE * sum(pool.size for pool in run.problem.pools)
     for start in starts:
-        _Chain(run, members, values, finalists, start).anneal(n_steps)
-    run.offer_all(finalists.drafts(), NAME)
+        _Chain(run, members, values, start).anneal(n_steps)
+    before = WORTHLESS
+    while not run.is_over and _gained(before, run.best.worth):
+        before, n_steps = run.best.worth, 2 * n_steps
+        _Chain(run, members, values, run.best.draft).anneal(n_steps)
     if run.is_over:
         run.notes.append("annealing was cut off by time")
+
+
+def _gained(before: Worth, after: Worth) -> bool:
+    """Whether any part of the worth is better by a thousandth."""
+    return any(b > a + LEAST_GAIN * abs(a) for a, b in zip(before, after, strict=True))
 
 
 def _starts(run: Run) -> list[Draft]:
@@ -85,15 +99,15 @@ class _Chain:
     """One walk from a start, getting colder."""
 
     def __init__(
-        self, run: Run, members: Members, values: _Values, finalists: _Finalists, start: Draft
+        self, run: Run, members: Members, values: _Values, start: Draft
     ) -> None:
-        self._run, self._members, self._values, self._finalists = run, members, values, finalists
-        self._nearby = Nearby(run.problem.pools)
+        self._run, self._members, self._values = run, members, values
+        self._nearby, self._finalists = Nearby(run.problem.pools), _Finalists()
         self._move_to(self._solved(tuple(members.of_draft(start))))
         self._offered = self._state.value
 
     def anneal(self, n_steps: int) -> None:
-        """Metropolis steps; the temperature falls geometrically."""
+        """Metropolis steps; the temperature falls geometrically. The best states are judged in the end."""
         for step in range(n_steps):
             if step % _STEPS_BETWEEN_LOOKS == 0:
                 self._offer_gains()
@@ -104,12 +118,14 @@ class _Chain:
             least = self._state.value + temperature * math.log(1 - self._run.rng.random())
             if change is not None:
                 self._try(change, least)
+        self._run.offer_all(self._finalists.drafts(), NAME)
 
     def _offer_gains(self) -> None:
         """What leads clearly is judged at once, so that the search may be stopped at any time."""
-        if self._state.value > self._offered + GAIN:
-            self._offered = self._state.value
-            self._run.offer(draft_of(self._state.members), NAME)
+        value, draft = self._finalists.best
+        if value > self._offered + GAIN:
+            self._offered = value
+            self._run.offer(draft, NAME)
 
     def _try(self, change: Change, least: float) -> None:
         """Go there if it is worth `least`."""
@@ -187,7 +203,7 @@ class _Values:
 
 
 class _Finalists:
-    """The best states of all chains, few that are worth the same: those are mostly one plan on like hosts."""
+    """The best states of a chain, few that are worth the same: those are mostly one plan on like hosts."""
 
     def __init__(self) -> None:
         self._drafts = dict[float, dict[frozenset[tuple[Layout, int]], Draft]]()
@@ -203,6 +219,12 @@ class _Finalists:
         alike = self._drafts.setdefault(value, {})
         if len(alike) < N_ALIKE:
             alike.setdefault(frozenset(Counter(draft).items()), draft)
+
+    @property
+    def best(self) -> tuple[float, Draft]:
+        """Value and draft."""
+        value = max(self._drafts)
+        return value, next(iter(self._drafts[value].values()))
 
     def drafts(self) -> list[Draft]:
         """The best first."""
