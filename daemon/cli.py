@@ -25,6 +25,7 @@ from daemon.verbs.model import model
 from daemon.verbs.node import node
 from daemon.verbs.plan import plan
 from daemon.verbs.reads import links, members, requests, status, topology
+from daemon.verbs.simulate import simulate
 from daemon.verbs.version import version
 from daemon.verbs.wait import wait
 from hexmesh.errors import HexmeshError
@@ -58,7 +59,7 @@ def cli(context: click.Context, config_file: str | None) -> None:
 
 for command in (
     *(join, leave, wait, demo, bootstrap),
-    *(status, members, links, topology, requests, plan, replan),
+    *(status, members, links, topology, requests, plan, simulate, replan),
     *(generate, chat, token, node, model, version, doctor, config),
 ):
     cli.add_command(command)

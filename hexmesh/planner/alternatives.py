@@ -12,7 +12,11 @@ from hexmesh.planner.problem import Draft
 from hexmesh.planner.trials import Trials
 from hexmesh.units import show_duration
 
-_DOES = {"mixed": "prefills and decodes", "prefill": "prefills", "decode": "decodes"}
+_DOES = {
+    "mixed": ("prefills and decodes", "prefill and decode"),
+    "prefill": ("prefills", "prefill"),
+    "decode": ("decodes", "decode"),
+}
 MAX_LINES = 8
 
 
@@ -22,7 +26,7 @@ def role_lines(trials: Trials) -> Iterator[str]:
         layout = trials.judged.draft[at]
         others = [role for role in ROLES if role != layout.role]
         tried = [said for role in others if (said := _as_role(trials, at, role)) is not None]
-        does = f"{names_of(same)} {_DOES[layout.role]}"
+        does = f"{names_of(same)} {_DOES[layout.role][len(same) > 1]}"
         may = [role for role in others if trials.problem.may_be(team_of(layout.parts), role)]
         if tried:
             yield f"{does}: {'; '.join(tried)}"
@@ -55,12 +59,14 @@ def cut_lines(trials: Trials) -> Iterator[str]:
 
 def _steps(trials: Trials, layout: Layout) -> str:
     problem = trials.problem
-    seats = [problem.seat(part) for part in layout.parts]
     if layout.role == "prefill":
-        return "cut where prompts pass soonest"
-    times = [problem.capacities.step_s(seat, max(1.0, layout.batch)) for seat in seats]
+        stages = [problem.pipeline((part,)) for part in layout.parts]
+        times = [problem.capacities.prefill(stage).latency_s for stage in stages]
+    else:
+        seats = [problem.seat(part) for part in layout.parts]
+        times = [problem.capacities.step_s(seat, max(1.0, layout.batch)) for seat in seats]
     shown = ", ".join(show_duration(time_s) for time_s in times[:6]) + (" ..." if len(times) > 6 else "")
-    return f"a token takes its stages {shown}"
+    return f"a {'prompt' if layout.role == 'prefill' else 'token'} takes its stages {shown}"
 
 
 def _moved(trials: Trials, at: int) -> str:

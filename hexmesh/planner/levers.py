@@ -26,6 +26,10 @@ LeverKind = Literal[
     "memory", "bandwidth", "flops", "launch", "fabric", "nic", "line", "link", "rtt", "ttft", "tpot"
 ]
 STEP = 1.1
+_LESS = 0.91
+"""The same for what should be less."""
+LEAST = 5e-4
+"""Gains below it are rounding."""
 _NAMES = {
     "memory": "memory",
     "bandwidth": "memory bandwidth",
@@ -77,7 +81,7 @@ def gains(problem: Problem, judged: Judged) -> list[Gain]:
         )
         for lever in levers(problem, judged.draft)
     ]
-    return sorted((one for one in found if one.gain > 1e-4), key=lambda one: -one.gain)
+    return sorted((one for one in found if one.gain > LEAST), key=lambda one: -one.gain)
 
 
 def value_of(problem: Problem, judged: Judged | None) -> float:
@@ -124,7 +128,7 @@ def _raised_node(node: Node, lever: Lever) -> Node:
             fabric = with_fields(node.fabric, bytes_per_s=node.fabric.bytes_per_s * STEP)
             return with_fields(node, fabric=fabric)
         case "launch" if node.id in lever.target:
-            return with_fields(node, launch_s=launch_s(node) / STEP)
+            return with_fields(node, launch_s=launch_s(node) * _LESS)
         case "memory" | "bandwidth" | "flops":
             return with_fields(node, devices=tuple(_raised_device(device, lever) for device in node.devices))
         case _:
@@ -181,7 +185,7 @@ def _with_ways(cluster: Cluster, lever: Lever) -> Cluster:
     def link(link: Link) -> Link:
         between = {sites[link.src], sites[link.dst]}
         if lever.kind == "rtt" and between == ends:
-            return with_fields(link, rtt_p50_s=link.rtt_p50_s / STEP, rtt_p95_s=link.rtt_p95_s / STEP)
+            return with_fields(link, rtt_p50_s=link.rtt_p50_s * _LESS, rtt_p95_s=link.rtt_p95_s * _LESS)
         line = lines.get((sites[link.src], sites[link.dst]))
         follows = lever.kind == "line" and between == ends and line is not None
         follows = follows and line is not None and link.bytes_per_s >= line.bytes_per_s * (1 - 1e-9)
@@ -214,14 +218,14 @@ def levers(problem: Problem, draft: Draft) -> Iterator[Lever]:
     yield from _device_levers(problem, draft)
     for node_ids, kind in _shared_by(problem, draft, used):
         names = _node_names(problem.cluster, node_ids)
-        changes = " ".join(f"{name}={'x1.1' if kind != 'launch' else 'x0.91'}" for name in names)
+        changes = " ".join(f"{name}=x{_LESS if kind == 'launch' else STEP}" for name in names)
         yield Lever(kind=kind, target=node_ids, label=_listed(names), what_if=f"{kind} {changes}")
     yield from _way_levers(problem, draft, used)
     slo = problem.capacities.workload.slo
     if slo.ttft_s is not None:
-        yield Lever(kind="ttft", target=(), label="", what_if="ttft x1.1")
+        yield Lever(kind="ttft", target=(), label="", what_if=f"ttft x{STEP}")
     if slo.tpot_s is not None:
-        yield Lever(kind="tpot", target=(), label="", what_if="tpot x1.1")
+        yield Lever(kind="tpot", target=(), label="", what_if=f"tpot x{STEP}")
 
 
 def _used_nodes(problem: Problem, draft: Draft) -> dict[str, Node]:
@@ -241,7 +245,7 @@ def _device_levers(problem: Problem, draft: Draft) -> Iterator[Lever]:
     for name, n in counts.items():
         for kind in ("memory", "bandwidth", "flops"):
             word = name.replace(" ", "-")
-            yield Lever(kind=kind, target=(name,), label=f"{n} x {name}", what_if=f"{kind} {word}=x1.1")
+            yield Lever(kind=kind, target=(name,), label=f"{n} x {name}", what_if=f"{kind} {word}=x{STEP}")
 
 
 def _device_name(node: Node, like: Device) -> str:
@@ -273,7 +277,9 @@ def _way_levers(problem: Problem, draft: Draft, used: dict[str, Node]) -> Iterat
     lines = {frozenset((line.src, line.dst)) for line in cluster.site_links}
     for a, b in ((a, b) for a in sites for b in sites if a < b):
         if frozenset((a, b)) in lines:
-            yield Lever(kind="line", target=(a, b), label=f"{a} and {b}", what_if=f"link {a} {b} rate=x1.1")
+            yield Lever(
+                kind="line", target=(a, b), label=f"{a} and {b}", what_if=f"link {a} {b} rate=x{STEP}"
+            )
     hops = {
         (problem.pools[a.pool].node, problem.pools[b.pool].node)
         for layout in draft
@@ -283,7 +289,7 @@ def _way_levers(problem: Problem, draft: Draft, used: dict[str, Node]) -> Iterat
     for between in sorted({tuple(sorted({a.site, b.site})) for a, b in hops}):
         ends = between if len(between) == 2 else between * 2
         label = f"{ends[0]} and {ends[1]}" if len(between) == 2 else f"hosts in {ends[0]}"
-        yield Lever(kind="rtt", target=ends, label=label, what_if=f"link {ends[0]} {ends[1]} rtt=x0.91")
+        yield Lever(kind="rtt", target=ends, label=label, what_if=f"link {ends[0]} {ends[1]} rtt=x{_LESS}")
     yield from _slow_links(cluster, used, lines)
 
 
@@ -300,7 +306,7 @@ def _slow_links(cluster: Cluster, used: dict[str, Node], lines: set[frozenset[st
                 kind="link",
                 target=(link.src, link.dst),
                 label=f"{a} and {b}",
-                what_if=f"link {a} {b} rate=x1.1",
+                what_if=f"link {a} {b} rate=x{STEP}",
             )
 
 
