@@ -81,6 +81,11 @@ def fluid_bound(cluster: Cluster, capacities: Capacities) -> float:
     return float(-found.fun)
 
 
+def densities(cluster: Cluster, capacities: Capacities) -> list[tuple[int, Density]]:
+    """Of like devices of a host: how many, and what each of them gives at most."""
+    return [(pool.n_devices, pool.density) for pool in _pools(cluster, capacities)]
+
+
 def _pools(cluster: Cluster, capacities: Capacities) -> list[_Pool]:
     def figures(device: Device) -> Device:
         return replace(device, index=0, name="", kind="cuda")
