@@ -349,6 +349,15 @@ static bool furthest(struct graph *g, const struct step *step, double slowest_s,
 
 /* --- the least sum --- */
 
+/* The first start, of those after the first layer, from which a stage reaches `need` or further; n + 1: there is none. */
+static int start_for(const struct stages *s, int n, int need)
+{
+    for (int stop = need; stop <= n; stop++)
+        if (s->first_start[stop] < stop)
+            return s->first_start[stop];
+    return n + 1;
+}
+
 /* How many layers must be placed at a state so that what follows can place the rest: `furthest` from the other end. A
    stage from the first layer is no part of what follows. */
 static void find_needs(struct graph *g, const struct step *step, double slowest_s)
@@ -365,16 +374,16 @@ static void find_needs(struct graph *g, const struct step *step, double slowest_
             int need = g->leaving_need[at];
             for (int i = 0; may_stay && i < v->n_options; i++) {
                 const int tp = g->tables->options[v->options[i]].tp;
-                const int after = taken + tp <= v->n_devices ? g->need[state + tp] : never;
-                if (after <= n && g->stages[v->options[i]].first_start[after] < after && g->stages[v->options[i]].first_start[after] < need)
-                    need = g->stages[v->options[i]].first_start[after];
+                if (taken + tp <= v->n_devices) {
+                    const int start = start_for(&g->stages[v->options[i]], n, g->need[state + tp]);
+                    need = start < need ? start : need;
+                }
             }
             g->need[state] = need;
             for (int i = 0; i < v->n_options; i++)
-                if (g->tables->options[v->options[i]].tp == taken && need <= n) {
-                    const int start = g->stages[v->options[i]].first_start[need];
-                    if (start < need && start < entering)
-                        entering = start;
+                if (g->tables->options[v->options[i]].tp == taken) {
+                    const int start = start_for(&g->stages[v->options[i]], n, need);
+                    entering = start < entering ? start : entering;
                 }
         }
         for (int i = 0; i < v->n_entries; i++)

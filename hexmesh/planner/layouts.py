@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 from hexmesh.cluster import Cluster, Device, Fabric, Role
 from hexmesh.cost import LOCAL_BYTES_PER_S, LOCAL_HOP_S
 from hexmesh.errors import InvalidInput
-from hexmesh.planner.layout_dp import Fit
+from hexmesh.planner.layout_dp import Fit, Kernel
 from hexmesh.planner.layout_graph import Class, Graph, graph_of
 from hexmesh.planner.layout_kernel import Kernels
 from hexmesh.planner.layout_search import fastest_prompts, fastest_tokens
@@ -27,6 +27,9 @@ from hexmesh.score.pipeline import NOWHERE, Hop, Pipeline, Seat, group_like, hop
 
 INSIDE = Hop(LOCAL_HOP_S, LOCAL_BYTES_PER_S)
 """Between two stages of one host."""
+
+MOST_ANSWERS = 100_000
+"""Layouts of teams that are kept by name; problems that are solved stay."""
 
 Goal = Literal["best", "quickest"]
 
@@ -74,6 +77,17 @@ class _Signature:
     hops: tuple[tuple[Hop | None, ...], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """Of a solution: a part on some pool of a class, the same one for all stages of a visit."""
+
+    visit: int
+    cls: int
+    tp: int
+    start: int
+    stop: int
+
+
 class Layouts:
     """Layouts of any team of some pools, kept for as long as this lives. One caller at a time."""
 
@@ -96,8 +110,8 @@ class Layouts:
         self._tables = Tables(capacities, groups)
         self._kernels = Kernels(self._tables, self._options, compiled=compiled)
         self._hops = dict[tuple[int, int], Hop | None]()
-        self._solved = dict[tuple[_Signature, Role, Goal], Fit | None]()
-        self._graphs = dict[_Signature, Graph]()
+        self._solved = dict[tuple[_Signature, Role, Goal], tuple[_Stage, ...] | None]()
+        self._latest: tuple[_Signature, Graph, Kernel] | None = None
         self._answers = dict[tuple[Team, Role, Goal], Layout | None]()
         self._rated = dict[tuple[object, Role], Layout | None]()
 
@@ -171,6 +185,9 @@ class Layouts:
     def _answer(self, team: Team, role: Role, goal: Goal) -> Layout | None:
         asked = team, role, goal
         if asked not in self._answers:
+            if len(self._answers) >= MOST_ANSWERS:
+                self._answers.clear()
+                self._rated.clear()
             self._answers[asked] = self._find(team, role, goal)
         return self._answers[asked]
 
@@ -186,10 +203,19 @@ class Layouts:
         found = self._solved[solved]
         if found is None:
             return None
-        return self.rated(self._parts(found, self._graph(signature), classes), role)
+        return self.rated(tuple(_parts(found, classes)), role)
 
-    def _solve(self, signature: _Signature, role: Role, goal: Goal) -> Fit | None:
-        kernel = self._kernels.of(self._graph(signature))
+    def _solve(self, signature: _Signature, role: Role, goal: Goal) -> tuple[_Stage, ...] | None:
+        graph, kernel = self._graph_of(signature)
+        found = self._search(signature, kernel, role, goal)
+        if found is None:
+            return None
+        cls_of = [visit.cls for visit in graph.visits]
+        return tuple(
+            _Stage(one.visit, cls_of[one.visit], one.tp, one.start, one.stop) for one in found.stages
+        )
+
+    def _search(self, signature: _Signature, kernel: Kernel, role: Role, goal: Goal) -> Fit | None:
         least, slo = self._tables.least_resident, self._capacities.workload.slo
         if goal == "quickest":
             room = {"prefill": least, "decode": 1.0, "mixed": max(1.0, least)}[role]
@@ -204,10 +230,12 @@ class Layouts:
         }
         return fastest_tokens(kernel, role, self._tables.levels(frozenset(used)), least, slo)
 
-    def _graph(self, signature: _Signature) -> Graph:
-        if signature not in self._graphs:
-            self._graphs[signature] = graph_of(signature.classes, signature.hops, INSIDE)
-        return self._graphs[signature]
+    def _graph_of(self, signature: _Signature) -> tuple[Graph, Kernel]:
+        """Kept for the next call only: roles of one team are often asked for together, and graphs are large."""
+        if self._latest is None or self._latest[0] != signature:
+            graph = graph_of(signature.classes, signature.hops, INSIDE)
+            self._latest = signature, graph, self._kernels.of(graph)
+        return self._latest[1:]
 
     def _classes(self, members: Sequence[tuple[int, int]]) -> list[tuple[Class, list[int]]]:
         """The team's pools, alike ones together, in an order that does not depend on which hosts they are."""
@@ -237,30 +265,28 @@ class Layouts:
     def _sorted(self, members: Sequence[tuple[int, int]]) -> list[int]:
         """Pools by what they are, and then by what they are to the others."""
 
+        looks: dict[int, Any] = {pool: (self._kinds[pool], count) for pool, count in members}
+        if len(set(looks.values())) < len(looks):
+            for _ in range(2):
+                order = {look: at for at, look in enumerate(sorted(set(looks.values())))}
+                looks = {
+                    pool: (order[looks[pool]], self._surroundings(pool, looks, order)) for pool, _ in members
+                }
+        return sorted(looks, key=lambda pool: (looks[pool], pool))
+
+    def _surroundings(self, pool: int, looks: dict[int, Any], order: dict[Any, int]) -> tuple[Any, ...]:
+        """What ways lead to and from which others."""
+
         def figures(hop: Hop | None) -> tuple[float, float]:
             return (-1.0, -1.0) if hop is None else (hop.delay_s, hop.bytes_per_s)
 
-        looks: dict[int, object] = {pool: (self._kinds[pool], count) for pool, count in members}
-        for _ in range(2 if len(members) > 1 else 0):
-            order = {look: at for at, look in enumerate(sorted(set(looks.values()), key=repr))}
-            looks = {
-                pool: (
-                    order[looks[pool]],
-                    tuple(
-                        sorted(
-                            (
-                                *figures(self._hop(pool, other)),
-                                *figures(self._hop(other, pool)),
-                                order[looks[other]],
-                            )
-                            for other, _ in members
-                            if other != pool
-                        )
-                    ),
-                )
-                for pool, _ in members
-            }
-        return sorted(looks, key=lambda pool: (repr(looks[pool]), pool))
+        return tuple(
+            sorted(
+                (order[looks[other]], figures(self._hop(pool, other)), figures(self._hop(other, pool)))
+                for other in looks
+                if other != pool
+            )
+        )
 
     def _are_alike(self, one: int, other: int, pools: Sequence[int], counts: dict[int, int]) -> bool:
         """Whether two pools may change places and nothing else changes."""
@@ -297,20 +323,6 @@ class Layouts:
             self._hops[src, dst] = hop
         return self._hops[src, dst]
 
-    def _parts(
-        self, found: Fit, graph: Graph, classes: Sequence[tuple[Class, list[int]]]
-    ) -> tuple[Part, ...]:
-        """A solution with pools of the team, those of a class in the order of the visits."""
-        left = [iter(pools) for _, pools in classes]
-        pool_of = dict[int, int]()
-        for stage in found.stages:
-            if stage.visit not in pool_of:
-                pool_of[stage.visit] = next(left[graph.visits[stage.visit].cls])
-        return tuple(
-            Part(pool=pool_of[stage.visit], tp=stage.tp, start=stage.start, stop=stage.stop)
-            for stage in found.stages
-        )
-
     def _pipeline(self, parts: Sequence[Part]) -> Pipeline | None:
         """None where a way is missing."""
         hops = [self._hop(a.pool, b.pool) for a, b in pairwise(parts)]
@@ -325,6 +337,16 @@ class Layouts:
         for part in parts:
             option = self._options[self._kinds[part.pool]][part.tp]
             yield Seat(group=self._tables.options[option].group, start=part.start, stop=part.stop)
+
+
+def _parts(stages: Sequence[_Stage], classes: Sequence[tuple[Class, list[int]]]) -> Iterator[Part]:
+    """A solution with a team's pools, those of a class in the order of the visits."""
+    left = [iter(pools) for _, pools in classes]
+    pool_of = dict[int, int]()
+    for stage in stages:
+        if stage.visit not in pool_of:
+            pool_of[stage.visit] = next(left[stage.cls])
+        yield Part(pool=pool_of[stage.visit], tp=stage.tp, start=stage.start, stop=stage.stop)
 
 
 def _kind_of(pool: Pool) -> _Kind:

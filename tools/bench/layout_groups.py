@@ -267,8 +267,12 @@ def _sequences(degrees: tuple[int, ...], n_devices: int) -> Iterator[tuple[int, 
                 yield (tp, *rest)
 
 
+def pipeline_of_parts(scene: Scene, parts: tuple[Part, ...]) -> Pipeline | None:
+    """What the score rates; None where a way is missing."""
+    return _pipeline(scene, scene.pools, parts)
+
+
 def _pipeline(scene: Scene, pools: tuple[Pool, ...], parts: tuple[Part, ...]) -> Pipeline | None:
-    """None where a way is missing."""
     links, nodes = scene.cluster.link_table(), [pools[part.pool].node for part in parts]
     try:
         return Pipeline(
