@@ -21,6 +21,8 @@ from hexmesh.planner.algorithms import (
     petals,
     uniform,
 )
+from hexmesh.planner.bounds import bound_for
+from hexmesh.planner.objective import Goodput, Latency, LeastCost, Throughput
 from hexmesh.planner.problem import Draft, Judged, Problem
 from hexmesh.planner.run import Run, Step
 from hexmesh.score import fluid_bound
@@ -38,18 +40,16 @@ class Found:
     """None: nothing that fits was found."""
     bound_requests_per_s: float
     """No plan of any kind serves more, by this score."""
+    bound: float
+    """No plan does better in what the objective is about: requests per second, price per hour or seconds."""
+    gap: float
+    """How far the best draft is from that bound, as a share of the greater of the two; 0 is optimal."""
     trace: tuple[Step, ...]
     notes: tuple[str, ...]
     elapsed_s: float
     n_judged: int
     was_cut_off: bool
     """Whether time ended the search before it was done."""
-
-    @property
-    def gap(self) -> float:
-        """How much of the bound the best draft leaves."""
-        rate = 0.0 if self.best is None else self.best.flow.requests_per_s
-        return 1.0 - rate / self.bound_requests_per_s if self.bound_requests_per_s > 0 else 0.0
 
 
 def search(
@@ -75,10 +75,13 @@ def search(
         on_step=on_step,
     )
     _named(algorithm)(run)
+    bound = bound_for(problem)
     return Found(
         algorithm=algorithm,
         best=run.best,
-        bound_requests_per_s=fluid_bound(problem.cluster, problem.capacities),
+        bound_requests_per_s=fluid_bound(problem.cluster, problem.capacities, problem.roles),
+        bound=bound,
+        gap=_gap(problem, run.best, bound),
         trace=tuple(run.trace),
         notes=tuple(run.notes),
         elapsed_s=run.elapsed_s,
@@ -103,6 +106,19 @@ ALGORITHMS: Mapping[str, Search] = {
     "greedy": greedy.search,
 }
 """All searches by name, the portfolio first."""
+
+
+def _gap(problem: Problem, best: Judged | None, bound: float) -> float:
+    if best is None:
+        return 1.0
+    match problem.objective:
+        case LeastCost():
+            here, there = bound, best.figures.price_per_h
+        case Latency():
+            here, there = bound, best.figures.latency_s
+        case Throughput() | Goodput():
+            here, there = best.figures.requests_per_s, bound
+    return max(0.0, 1.0 - here / there) if there > 0 else 0.0
 
 
 def _named(algorithm: str) -> Search:

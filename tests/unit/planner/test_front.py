@@ -145,8 +145,11 @@ def test_least_cost_takes_the_cheapest_hosts_that_serve_the_rate() -> None:
         ConstantLengths(prompt=512, output=128), PoissonArrivals(requests_per_s=5.0), Slo()
     )
     problem = _problem("hexgen2-1", workload=workload, objective=LeastCost(5.0))
-    found = _search(problem, "columns").best
+    answer = _search(problem, "columns")
+    found = answer.best
     assert found is not None
+    assert 0 < answer.bound <= found.figures.price_per_h
+    assert answer.gap == pytest.approx(1 - answer.bound / found.figures.price_per_h)
     assert found.flow.requests_per_s >= 5.0
     prices = {node.id: node.price_per_h or 0.0 for node in problem.cluster.nodes}
     alone = {
