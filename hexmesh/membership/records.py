@@ -16,7 +16,7 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-from hexmesh.cluster import Availability, Cluster, Device, Link, Node
+from hexmesh.cluster import Availability, Cluster, Device, Link, Node, Role
 from hexmesh.errors import Refused
 from hexmesh.ids import short
 from hexmesh.wire.peering import MAX_TEXT
@@ -82,6 +82,12 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the whole model is in a folder there; else it fetches its stages' tensors from others."""
     links: Annotated[tuple[LinkFacts, ...], msgspec.Meta(max_length=1024)] = ()
     availability: Availability = "active"
+    tp_degrees: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=1, le=64)], ...], msgspec.Meta(max_length=64)
+    ] = (1,)
+    """Numbers of its devices that its workers can share a stage over."""
+    phases: Annotated[tuple[Role, ...], msgspec.Meta(max_length=3)] = ("mixed",)
+    """What its stages can be part of; handing KV over is "prefill", taking it over "decode"."""
     dialable: bool = True
     """False when more members failed to dial this node than did."""
 
@@ -246,6 +252,8 @@ def _as_node(record: NodeRecord) -> Node:
         name=record.name,
         site=record.site,
         devices=tuple(facts.device for facts in record.devices),
+        tp_degrees=record.tp_degrees,
+        roles=record.phases,
     )
 
 

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "wire": FACTS | {"plan"},
     "planner": FACTS | {"plan", "cost", "roofline", "score", "papers", "native", "sim"},
     "sim": FACTS | {"plan", "cost", "roofline", "score", "serving", "wire"},
-    "schedule": FACTS | {"plan", "cost", "roofline", "score", "native"},
+    "schedule": FACTS | {"plan", "cost", "roofline", "score", "planner"},
     "native": FOUNDATION,
     "runtime": FACTS | {"plan", "serving", "wire", "native"},
     "membership": FACTS | {"wire"},
