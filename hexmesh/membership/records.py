@@ -16,6 +16,7 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
+from hexmesh.calibration.factors import Factors, applied
 from hexmesh.cluster import Availability, Cluster, Device, Link, Node, Role
 from hexmesh.errors import Refused
 from hexmesh.ids import short
@@ -49,6 +50,8 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
     flops_spread: float
     bytes_spread: float
     measured_at_unix_s: float
+    factors: Factors | None = None
+    """What the steps that ran on it say of its figures; None while they are too few."""
 
 
 class LinkFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -247,13 +250,16 @@ _RECORD = msgspec.msgpack.Decoder(NodeRecord)
 
 
 def _as_node(record: NodeRecord) -> Node:
-    return Node(
+    node = Node(
         id=record.node,
         name=record.name,
         site=record.site,
         devices=tuple(facts.device for facts in record.devices),
         tp_degrees=record.tp_degrees,
         roles=record.phases,
+    )
+    return applied(
+        node, {facts.device.index: facts.factors for facts in record.devices if facts.factors is not None}
     )
 
 

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "roofline": FACTS | {"plan"},
     "fleet": FACTS | {"plan", "catalogue", "toml_text"},
     "score": FACTS | {"plan", "cost", "roofline"},
+    "calibration": FACTS | {"plan", "cost"},
     "papers": FACTS | {"plan"},
     "cost": FACTS | {"plan"},
     "serving": FACTS | {"plan", "wire"},
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "schedule": FACTS | {"plan", "cost", "roofline", "score", "planner"},
     "native": FOUNDATION,
     "runtime": FACTS | {"plan", "serving", "wire", "native"},
-    "membership": FACTS | {"wire"},
+    "membership": FACTS | {"wire", "calibration"},
 }
 SOCKETS_CLOCKS_AND_TASKS = {
     "asyncio",
