@@ -23,6 +23,7 @@ from typing import NoReturn
 import msgspec
 
 from daemon.announcing import up_line
+from daemon.calibrator import Calibrator
 from daemon.compute.devices import MeasurementCache
 from daemon.compute.host_devices import HostDevices
 from daemon.compute.workers import Workshop
@@ -319,6 +320,9 @@ class Node:
             on_worker_died=lambda worker, reason: self._stages.worker_died(worker, reason),
             on_stage_failed=lambda stage, reason: self._stages.stage_failed(stage, reason),
         )
+        self._calibrator = Calibrator(
+            member.model.spec, self._dtype(), group=group, on_news=lambda: self._publisher.touch()
+        )
         self._stages = StageHost(
             courier=self,
             group=group,
@@ -329,6 +333,7 @@ class Node:
             admit=self._coordination.admit,
             on_broken=self._coordination.broken,
             is_heard=self._coordination.hears,
+            on_timed=self._calibrator.timed,
         )
         self._epochs = Epochs(
             courier=self,
@@ -497,6 +502,7 @@ class Node:
         progress.info("workers are up after %.1f s; measuring devices", time.monotonic() - started_s)
         cache = MeasurementCache(self._options.state_dir / "devices.json")
         self._facts = await self._devices.measure(self._dtype(), cache)
+        self._calibrator.measured(self._facts)
         self._links.measure_anew()
         await self._publisher.publish_now()
         await self._reach_a_known_peer()
@@ -598,7 +604,7 @@ class Node:
             protocol_version=PROTOCOL_VERSION,
             model_id=member.model.id,
             capabilities=("pipeline",),
-            devices=self._weights.bound_devices(self._facts),
+            devices=self._calibrator.corrected(self._weights.bound_devices(self._facts)),
             has_all_weights=self._weights.is_whole,
             links=self._links.links(),
             availability=self._upkeep.availability,

@@ -16,7 +16,7 @@ from hexmesh.model_spec import ModelSpec
 from hexmesh.plan import DtypeName, Plan, Replica, digest_of, encode_plan
 from hexmesh.schedule.availability import barred_hosts, kept_hosts, why_outdated, with_barred
 from hexmesh.schedule.check import check_plan
-from hexmesh.schedule.layout import lay_out
+from hexmesh.schedule.layout import KEEP_GAIN, KEEP_GAIN_AFTER_LOSS, lay_out
 from hexmesh.schedule.loading import load_estimate_s
 from hexmesh.schedule.misfit import NoFit
 from hexmesh.units import show_bytes
@@ -27,6 +27,8 @@ log = logging.getLogger("hexmesh.planning")
 
 FACTS_PATIENCE_S = 3.0
 """How long a plan waits for a host's devices and links before it does without them."""
+SEARCH_BUDGET_S = 5.0
+"""For one of a plan's searches; those of small meshes take a tenth of a second."""
 MISFIT_RETRY_S = 30.0
 """A drain that found no room is tried again so often: a host in quarantine may have come back."""
 
@@ -180,6 +182,7 @@ class MeshPlanner:
         self, cluster: Cluster, hosts: Mapping[str, int], reason: str, current: Plan | None
     ) -> Plan | NoFit:
         model = self._model
+        has_lost = current is not None and not current.hosts.keys() <= hosts.keys()
         return lay_out(
             cluster,
             model.spec,
@@ -191,6 +194,9 @@ class MeshPlanner:
             max_model_tokens=model.max_model_tokens,
             reason=reason,
             current=current,
+            keep_gain=KEEP_GAIN_AFTER_LOSS if has_lost else KEEP_GAIN,
+            budget_s=SEARCH_BUDGET_S,
+            clock=time.monotonic,
         )
 
     async def _wait_for_facts(self, hosts: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import msgspec
@@ -27,7 +27,7 @@ from hexmesh.plan import Plan, Replica, Stage
 from hexmesh.serving.pacing import MAX_GROUPS
 from hexmesh.serving.watchdog import StepTimes
 from hexmesh.wire.control import Epoch
-from hexmesh.wire.data import MAX_STEP_TOKENS, Step, StepRefused, StepResult
+from hexmesh.wire.data import MAX_STEP_TOKENS, Row, Step, StepRefused, StepResult
 from hexmesh.wire.worker import LoadStage, RunStep, StepDone
 
 log = logging.getLogger("hexmesh.stages")
@@ -75,9 +75,13 @@ class HeldStage:
         return self.index == len(self.replica.stages) - 1
 
     @property
+    def stage(self) -> Stage:
+        return self.replica.stages[self.index]
+
+    @property
     def title(self) -> str:
         """The stage as people know it."""
-        stage = self.replica.stages[self.index]
+        stage = self.stage
         return f"stage {self.index} of replica {self.replica.id} (layers {stage.start}-{stage.stop - 1})"
 
 
@@ -96,7 +100,9 @@ class StageHost:
         admit: Callable[[Step], Admission],
         on_broken: Callable[[Epoch, str], None],
         is_heard: Callable[[str], bool],
+        on_timed: Callable[[Stage, Sequence[Row], float], None],
     ) -> None:
+        self._on_timed = on_timed
         self._courier = courier
         self._group = group
         self._files = files
@@ -299,6 +305,7 @@ class StageHost:
             self._on_broken(step.epoch, error.message)
 
     def _pass_on(self, held: HeldStage, step: Step, done: StepDone, out: Payload) -> None:
+        self._on_timed(held.stage, step.rows, done.compute_s)
         seconds = [*step.stage_seconds, done.compute_s]
         waits = [*step.queue_seconds, done.waited_s]
         pools = [*step.pools, held.pool]

@@ -61,7 +61,10 @@ def _fits(spec: ModelSpec, n_nodes: int, budget_bytes: int) -> bool:
     )
     ids = [f"node-{index}" for index in range(n_nodes)]
     cluster = Cluster(
-        nodes=tuple(Node(id=name, name=name, site="here", devices=(device,)) for name in ids),
+        nodes=tuple(
+            Node(id=name, name=name, site="here", devices=(device,), tp_degrees=(1,), roles=("mixed",))
+            for name in ids
+        ),
         links=tuple(
             Link(src=src, dst=dst, rtt_p50_s=1e-4, rtt_p95_s=1e-4, bytes_per_s=1e9, lower_bound=False)
             for src in ids
@@ -78,5 +81,6 @@ def _fits(spec: ModelSpec, n_nodes: int, budget_bytes: int) -> bool:
         model_name="demo",
         hosts=dict.fromkeys(ids, 0),
         max_model_tokens=spec.max_position_tokens,
+        algorithm="greedy",
     )
     return isinstance(answer, Plan)

@@ -16,7 +16,8 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-from hexmesh.cluster import Availability, Cluster, Device, Link, Node
+from hexmesh.calibration.factors import Factors, applied
+from hexmesh.cluster import Availability, Cluster, Device, Link, Node, Role
 from hexmesh.errors import Refused
 from hexmesh.ids import short
 from hexmesh.wire.peering import MAX_TEXT
@@ -49,6 +50,8 @@ class DeviceFacts(msgspec.Struct, frozen=True, kw_only=True):
     flops_spread: float
     bytes_spread: float
     measured_at_unix_s: float
+    factors: Factors | None = None
+    """What the steps that ran on it say of its figures; None while they are too few."""
 
 
 class LinkFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +85,12 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the whole model is in a folder there; else it fetches its stages' tensors from others."""
     links: Annotated[tuple[LinkFacts, ...], msgspec.Meta(max_length=1024)] = ()
     availability: Availability = "active"
+    tp_degrees: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=1, le=64)], ...], msgspec.Meta(max_length=64)
+    ] = (1,)
+    """Numbers of its devices that its workers can share a stage over."""
+    phases: Annotated[tuple[Role, ...], msgspec.Meta(max_length=3)] = ("mixed",)
+    """What its stages can be part of; handing KV over is "prefill", taking it over "decode"."""
     dialable: bool = True
     """False when more members failed to dial this node than did."""
 
@@ -241,11 +250,16 @@ _RECORD = msgspec.msgpack.Decoder(NodeRecord)
 
 
 def _as_node(record: NodeRecord) -> Node:
-    return Node(
+    node = Node(
         id=record.node,
         name=record.name,
         site=record.site,
         devices=tuple(facts.device for facts in record.devices),
+        tp_degrees=record.tp_degrees,
+        roles=record.phases,
+    )
+    return applied(
+        node, {facts.device.index: facts.factors for facts in record.devices if facts.factors is not None}
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hexmesh.errors import InvalidInput
 from hexmesh.planner.algorithms import (
+    alone,
     annealing,
     auto,
     colocated,
@@ -96,6 +97,7 @@ ALGORITHMS: Mapping[str, Search] = {
     "columns": columns.search,
     "annealing": annealing.search,
     "genetic": genetic.search,
+    "alone": alone.search,
     "hexgen2": hexgen2.search,
     "hexgen2-wide": hexgen2.search_widely,
     "uniform": uniform.search,

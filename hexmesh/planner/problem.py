@@ -116,12 +116,12 @@ class Problem:
 
     def flow(self, rates: Sequence[ReplicaRates]) -> FlowScore:
         """What replicas of these rates serve together."""
-        if not self._hands_over:
+        if not self.hands_over:
             return serve_alone(rates)
         return best_flow(rates, self.network, kv_layer_bytes(self.capacities))
 
     @cached_property
-    def _hands_over(self) -> bool:
+    def hands_over(self) -> bool:
         """Whether some host prefills for others and some decodes for others; mixed replicas alone do neither."""
         does = frozenset[Role]().union(*(pool.roles for pool in self.pools))
         return does >= {"prefill", "decode"}

@@ -13,7 +13,7 @@ from hexmesh.cluster import Cluster, Device, DeviceKind
 from hexmesh.cost import CostModel
 from hexmesh.plan import Unused
 from hexmesh.schedule.explain import device_name
-from hexmesh.schedule.tables import Place, room_blocks
+from hexmesh.schedule.room import Place, room_blocks
 from hexmesh.units import show_bytes
 
 

@@ -211,6 +211,7 @@ class FakeNode:
             admit=self.admit,
             on_broken=self.mesh.note_broken,
             is_heard=self.is_heard,
+            on_timed=lambda stage, rows, seconds: None,
         )
         self.epochs = Epochs(
             courier=self,

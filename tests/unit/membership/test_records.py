@@ -281,8 +281,22 @@ def test_a_cluster_holds_what_was_measured_among_those_asked_for() -> None:
     directory.merge(known(record("d")))
     expected = Cluster(
         nodes=(
-            Node(id="a", name="host-a", site="here", devices=(device().device,)),
-            Node(id="b", name="host-b", site="there", devices=(device().device,)),
+            Node(
+                id="a",
+                name="host-a",
+                site="here",
+                devices=(device().device,),
+                tp_degrees=(1,),
+                roles=("mixed",),
+            ),
+            Node(
+                id="b",
+                name="host-b",
+                site="there",
+                devices=(device().device,),
+                tp_degrees=(1,),
+                roles=("mixed",),
+            ),
         ),
         links=(link("a", "b").link, link("b", "a").link),
     )

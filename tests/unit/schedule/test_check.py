@@ -31,7 +31,10 @@ SPEC = model_spec_from_config(
 
 def _cluster() -> Cluster:
     device = Device(index=0, kind="cpu", name="cpu", budget_bytes=6 * MIB, flops_per_s=1e11, bytes_per_s=2e10)
-    nodes = tuple(Node(id=name, name=name, site="s", devices=(device,)) for name in "abc")
+    nodes = tuple(
+        Node(id=name, name=name, site="s", devices=(device,), tp_degrees=(1,), roles=("mixed",))
+        for name in "abc"
+    )
     links = tuple(
         Link(src=src, dst=dst, rtt_p50_s=1e-3, rtt_p95_s=1e-3, bytes_per_s=1e8, lower_bound=False)
         for src in "abc"

@@ -11,7 +11,7 @@ from hexmesh.cluster import Cluster, Device, Link, Node
 from hexmesh.model_spec import ModelSpec, model_spec_from_config
 from hexmesh.plan import Plan, Replica
 from hexmesh.schedule.check import check_plan
-from hexmesh.schedule.layout import lay_out
+from hexmesh.schedule.layout import KEEP_GAIN, KEEP_GAIN_AFTER_LOSS, lay_out
 from hexmesh.workload import Workload
 
 MIB = 2**20
@@ -46,6 +46,8 @@ class Mesh:
                 id=name,
                 name=name,
                 site="s",
+                tp_degrees=(1,),
+                roles=("mixed",),
                 devices=(
                     Device(
                         index=0,
@@ -66,7 +68,9 @@ class Mesh:
         )
         return Cluster(nodes=nodes, links=links)
 
-    def plan(self, *, current: Plan | None = None, max_model_tokens: int = 256) -> Plan:
+    def plan(
+        self, *, current: Plan | None = None, max_model_tokens: int = 256, keep_gain: float = KEEP_GAIN
+    ) -> Plan:
         cluster = self.cluster()
         plan = lay_out(
             cluster,
@@ -78,6 +82,7 @@ class Mesh:
             hosts={name: self.boots.get(name, 1) for name in self.memory},
             max_model_tokens=max_model_tokens,
             current=current,
+            keep_gain=keep_gain,
         )
         assert isinstance(plan, Plan), plan
         assert check_plan(plan, cluster, SPEC, WORKLOAD) == []
@@ -136,10 +141,12 @@ def test_like_goes_with_like() -> None:
 
 
 def test_a_device_in_no_replica_says_why() -> None:
-    plan = mesh(a=WHOLE, b=HALF, c=LITTLE).plan()
+    nodes = mesh(a=WHOLE, b=HALF, c=LITTLE)
+    nodes.speed["b"] = 0.01
+    plan = nodes.plan()
     assert nodes_of(plan) == {"r0": "a"}
     why = {unused.node: unused.reason for unused in plan.unused}
-    assert why["b"].startswith(("adds a hop: ", "no gain in place of another: "))
+    assert why["b"].startswith("the replicas are no faster with it: ")
     assert why["c"].startswith("too little memory: ")
 
 
@@ -181,21 +188,21 @@ def test_a_lost_node_leaves_other_replicas_where_they_are() -> None:
     before = nodes.plan()
     lost = replica(before, "r0").stages[0].node
     del nodes.memory[lost]
-    after = nodes.plan(current=before)
+    after = nodes.plan(current=before, keep_gain=KEEP_GAIN_AFTER_LOSS)
     assert [one.id for one in after.replicas] == ["r1"]
     assert places(after.replicas[0]) == places(replica(before, "r1"))
     assert len(after.unused) == 1
 
 
-def test_what_is_left_of_a_lost_replica_joins_a_spare_device() -> None:
+def test_what_is_left_of_a_lost_replica_makes_another() -> None:
     nodes = mesh(a=HALF, b=HALF, c=HALF, d=HALF, e=HALF)
     before = nodes.plan()
-    (spare,) = (unused.node for unused in before.unused)
-    lost, survivor = (stage.node for stage in replica(before, "r0").stages)
+    two, three = sorted(before.replicas, key=lambda one: len(one.stages))
+    lost, *survivors = (stage.node for stage in three.stages)
     del nodes.memory[lost]
     after = nodes.plan(current=before)
-    assert places(replica(after, "r1")) == places(replica(before, "r1"))
-    assert {stage.node for stage in replica(after, "r0").stages} == {survivor, spare}
+    assert places(replica(after, two.id)) == places(two)
+    assert {stage.node for stage in replica(after, three.id).stages} == set(survivors)
 
 
 def test_a_restarted_node_is_not_counted_as_staying() -> None:
@@ -211,7 +218,7 @@ def test_replicas_are_kept_unless_others_are_clearly_better() -> None:
     nodes = mesh(a=HALF, b=HALF, c=HALF, d=HALF)
     before = nodes.plan()
     one, other = (replica(before, name).stages[0].node for name in ("r0", "r1"))
-    nodes.speed.update({one: 1.6, other: 1.6})
+    nodes.speed.update({one: 1.1, other: 1.1})
     assert [places(one) for one in nodes.plan().replicas] != [places(one) for one in before.replicas]
     kept = nodes.plan(current=before)
     assert [places(one) for one in kept.replicas] == [places(one) for one in before.replicas]
@@ -229,17 +236,10 @@ def test_a_pipeline_gives_way_to_replicas_when_memory_comes() -> None:
 
 
 def test_two_replicas_are_better_than_one_that_is_as_fast() -> None:
-    """Two slow nodes join, each linked with one of the others: the pair may part to make two replicas."""
+    """Three of four halves in one pipeline and two replicas of two may differ by little; then two are wanted."""
     nodes = mesh(a=HALF, b=HALF)
-    before = nodes.plan()
     nodes.memory.update(c=HALF, d=HALF)
+    plan = nodes.plan()
+    assert len(plan.replicas) == 2
     nodes.unlinked = {frozenset("cd"), frozenset("ad"), frozenset("bc")}
-    nodes.speed.update(c=0.24, d=0.24)
-    after = nodes.plan(current=before)
-    assert nodes_of(after) == {"r0": "ac", "r1": "bd"}
-    gain = (
-        sum(one.predicted_tokens_per_s for one in after.replicas) / before.replicas[0].predicted_tokens_per_s
-    )
-    assert 0.99 <= gain < 1.05
-    nodes.speed.update(c=0.1, d=0.1)
-    assert nodes_of(nodes.plan(current=before)) == {"r0": "ab"}
+    assert sorted(nodes_of(nodes.plan()).values()) == ["ac", "bd"]
