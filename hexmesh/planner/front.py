@@ -18,6 +18,7 @@ from hexmesh.planner.algorithms import (
     greedy,
     helix,
     hexgen2,
+    joint,
     petals,
     uniform,
 )
@@ -93,6 +94,7 @@ ALGORITHMS: Mapping[str, Search] = {
     "columns": columns.search,
     "annealing": annealing.search,
     "genetic": genetic.search,
+    "joint": joint.search,
     "hexgen2": hexgen2.search,
     "hexgen2-wide": hexgen2.search_widely,
     "uniform": uniform.search,
