@@ -122,7 +122,7 @@ class RatesOfMany:
     def fits(self, options: Sequence[int], cuts: Ints) -> npt.NDArray[np.bool_]:
         """(N,): whether layers of one sequence, cut so, have room; `cuts` is (N, k + 1)."""
         room: Floats = self._room[list(options), cuts[:, :-1], cuts[:, 1:]]
-        return room.min(axis=1) > 0
+        return np.asarray(room.min(axis=1) > 0)
 
     def rates(self, batch: Batch) -> Rates:
         """Of every layout."""
