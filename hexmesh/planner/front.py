@@ -19,6 +19,7 @@ from hexmesh.planner.algorithms import (
     greedy,
     helix,
     hexgen2,
+    joint,
     petals,
     uniform,
 )
@@ -98,6 +99,7 @@ ALGORITHMS: Mapping[str, Search] = {
     "annealing": annealing.search,
     "genetic": genetic.search,
     "alone": alone.search,
+    "joint": joint.search,
     "hexgen2": hexgen2.search,
     "hexgen2-wide": hexgen2.search_widely,
     "uniform": uniform.search,

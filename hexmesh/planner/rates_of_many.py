@@ -105,7 +105,8 @@ class _Steps:
         steps, sends = self.stages_s(batch), batch[:, None] * self.send
         around_s = steps.sum(axis=1) + sends.sum(axis=1) + self.around
         longest = np.maximum(steps.max(axis=1), sends.max(axis=1, initial=0.0))
-        return np.maximum(longest, around_s / n)
+        found: Floats = np.maximum(longest, around_s / n)
+        return found
 
 
 class RatesOfMany:
@@ -120,7 +121,8 @@ class RatesOfMany:
 
     def fits(self, options: Sequence[int], cuts: Ints) -> npt.NDArray[np.bool_]:
         """(N,): whether layers of one sequence, cut so, have room; `cuts` is (N, k + 1)."""
-        return (self._room[list(options), cuts[:, :-1], cuts[:, 1:]] > 0).all(axis=1)
+        room: Floats = self._room[list(options), cuts[:, :-1], cuts[:, 1:]]
+        return np.asarray(room.min(axis=1) > 0)
 
     def rates(self, batch: Batch) -> Rates:
         """Of every layout."""

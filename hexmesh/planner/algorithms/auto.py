@@ -37,6 +37,12 @@ def search(run: Run) -> None:
 
 def search_large(run: Run) -> None:
     """As for many devices, however few there are."""
+    search_by_score(run)
+    choose_finalist(run, seed=0)
+
+
+def search_by_score(run: Run) -> None:
+    """The same without simulations."""
     greedy.search(run)
     if run.current is not None:
         run.offer(run.current, "current")
@@ -47,7 +53,6 @@ def search_large(run: Run) -> None:
     for by, judged in sorted(run.best_by.items(), key=lambda item: item[1].worth, reverse=True)[:N_ALIGNED]:
         if not run.is_over:
             align(run, judged, by)
-    choose_finalist(run, seed=0)
 
 
 def _searches(run: Run) -> Iterator[Callable[[Run], None]]:

@@ -113,7 +113,9 @@ class _Search:
         else:
             self._fastest(nodes)
         if any(not choice.is_complete for found in self.choices for choice in found.values()):
-            self.run.notes.append("exhaustive: of teams with too many layouts only those near the best were tried")
+            self.run.notes.append(
+                "exhaustive: of teams with too many layouts only those near the best were tried"
+            )
             found = self.run.best_by.get(BY)
             if found is not None:
                 align(self.run, found, BY)

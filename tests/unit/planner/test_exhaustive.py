@@ -192,7 +192,9 @@ def test_partitions_of_like_devices_are_counted_once() -> None:
 
 def test_layouts_are_counted_as_they_are_made() -> None:
     team = [(0, 2, (1, 2)), (3, 3, (1, 2))]
-    every = [(sequence, tuple(cut)) for sequence in sequences(team) for cut in every_cut(6, len(sequence)).tolist()]
+    every = [
+        (sequence, tuple(cut)) for sequence in sequences(team) for cut in every_cut(6, len(sequence)).tolist()
+    ]
     assert len(set(every)) == len(every) == n_layouts(team, 6)
 
 
@@ -205,5 +207,7 @@ def test_a_team_of_too_many_layouts_keeps_the_best_in_each_role(monkeypatch: pyt
     for role, choice in some.items():
         best = given.layouts.best(team, role)
         assert best is not None
-        rate = {"prefill": choice.prefill, "decode": choice.decode, "mixed": choice.reach[:, 32] * 2}[role].max()
+        rate = {"prefill": choice.prefill, "decode": choice.decode, "mixed": choice.reach[:, 32] * 2}[
+            role
+        ].max()
         assert rate >= best.requests_per_s * (1 - 1e-9)
