@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from hexmesh.cluster import Role
 from hexmesh.planner.pools import Pool, Team
 from hexmesh.planner.problem import Problem
 from hexmesh.roofline import Group
@@ -22,11 +23,12 @@ class Estimates:
 
     problem: Problem
 
-    def worth(self, team: Team, prompt: float, output: float) -> float:
-        """What the team's best role may bring, when a prompt and an output a second are worth so much."""
-        prefill, decode = self._prefill(team), self._decode(team)
+    def worth(self, team: Team, role: Role, prompt: float, output: float) -> float:
+        """What the team may bring in the role, when a prompt and an output a second are worth so much."""
+        prefill = 0.0 if role == "decode" else self._prefill(team)
+        decode = 0.0 if role == "prefill" else self._decode(team)
         both = prefill * decode / (prefill + decode) if prefill > 0 and decode > 0 else 0.0
-        return max(prompt * prefill, output * decode, (prompt + output) * both)
+        return (prompt + output) * both if role == "mixed" else prompt * prefill + output * decode
 
     def _prefill(self, team: Team) -> float:
         return sum(n * self._by_pool[pool] for pool, n in team)

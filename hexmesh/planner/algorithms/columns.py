@@ -17,10 +17,10 @@ only cuts off.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice
 
 from hexmesh.planner.algorithms import greedy
 from hexmesh.planner.estimate import Estimates
@@ -34,11 +34,16 @@ from hexmesh.planner.roles import best_roles, layouts_of
 from hexmesh.planner.run import Run
 from hexmesh.planner.stock import Stock
 from hexmesh.planner.striped import striped
+from hexmesh.score import fluid_bound
 
 MAX_COLUMNS = 600
 """In the integer program."""
 ROUNDS = 8
 TEAMS_A_ROUND = 24
+WORK_A_ROUND = 150_000
+"""Of layouts, as in `_work`: a few seconds."""
+GOOD_ENOUGH = 5e-3
+"""The gap to the bound that ends the search."""
 PARTS_OF_PATTERNS = 8
 """Kinds of replicas of one host that patterns are made of."""
 PATTERNS_A_CLASS = 60
@@ -48,7 +53,7 @@ ACROSS_SITES = 0.7
 """What of its promise a team over several sites keeps."""
 LEAST_GAIN = 1e-3
 """Of the linear program by a round: what keeps it going."""
-PATIENCE = 2
+PATIENCE = 3
 """Rounds without it."""
 MOST_PACKINGS = 2000
 STRIPED_WEIGHTS = 12.0
@@ -67,9 +72,13 @@ def search(run: Run) -> None:
         return
     listed = Listed(problem=run.problem)
     target = objective.requests_per_s if isinstance(objective, LeastCost) else None
+    bound = fluid_bound(run.problem.cluster, run.problem.capacities, run.problem.roles)
     for grow in (listed.add_inside, listed.add_patterns, listed.add_across, listed.add_striped):
         grow(run)
-        if listed.bundles:
+        served = 0.0 if run.best is None else run.best.flow.requests_per_s
+        if run.is_over or (target is None and served >= bound * (1 - GOOD_ENOUGH)):
+            break
+        if listed.promises_more_than(served):
             run.offer(listed.draft(None), "columns")
     if target is not None:
         run.offer(listed.draft(target), "columns")
@@ -127,19 +136,32 @@ class Listed:
     def add_across(self, run: Run) -> None:
         """Replicas over several hosts, a few at a time, as long as the linear program gains by them."""
         waiting = dict.fromkeys(self.stock.teams_across())
-        idle, before = 0, self._priced().worth
+        idle, prices = 0, self._priced()
         for _ in range(ROUNDS):
-            chosen = self._promising(list(waiting), self._priced())
-            for team in chosen[:TEAMS_A_ROUND]:
+            chosen = self._worth_the_work(self._promising(waiting, prices))
+            for team in chosen:
                 if run.is_over:
                     return
                 del waiting[team]
                 self.add_each(team)
-            worth = self._priced().worth
-            idle = 0 if worth > before * (1 + LEAST_GAIN) else idle + 1
-            before = worth
+            before, prices = prices.worth, self._priced()
+            idle = 0 if prices.worth > before * (1 + LEAST_GAIN) else idle + 1
             if idle == PATIENCE or not chosen:
                 return
+
+    def _worth_the_work(self, teams: Sequence[Team]) -> Sequence[Team]:
+        """The first of them, as many as a round may lay out."""
+        n = sum(work <= WORK_A_ROUND for work in accumulate(map(self._work, teams)))
+        return teams[: min(max(n, 1), TEAMS_A_ROUND)]
+
+    def _work(self, team: Team) -> int:
+        """What laying a team out takes, about."""
+        nodes = {self.problem.pools[pool].node.id for pool, _ in team}
+        return (len(nodes) * sum(n for _, n in team)) ** 2
+
+    def promises_more_than(self, requests_per_s: float) -> bool:
+        """Whether the linear program leaves room for a better choice."""
+        return self._priced().worth > requests_per_s * (1 + LEAST_GAIN)
 
     def add_striped(self, run: Run) -> None:
         """Pairs over the same hosts, where wires decide anything."""
@@ -211,12 +233,12 @@ class Listed:
         )
         return found[:PATTERNS_A_CLASS]
 
-    def _promising(self, teams: Sequence[Team], prices: Prices) -> list[Team]:
-        """Those that may be worth what they cost, the most promising first; the tightest where nothing has a price."""
+    def _promising(self, teams: Iterable[Team], prices: Prices) -> list[Team]:
+        """Those that may be worth what they cost, the best first; the tightest where nothing has a price."""
         if prices.worth <= 0:
             return sorted(teams, key=self.stock.memory_bytes)
         promises = {team: self._promise(team, prices) for team in teams}
-        kept = [team for team in teams if promises[team] > LEAST_PROMISE]
+        kept = [team for team, promise in promises.items() if promise > LEAST_PROMISE]
         return sorted(kept, key=lambda team: -promises[team])
 
     def _promise(self, team: Team, prices: Prices) -> float:
@@ -225,8 +247,9 @@ class Listed:
         prompt = max(prices.prompts[site] for site in sites)
         output = max(prices.outputs[site] for site in sites)
         cost = sum(prices.resources[key] * n for key, n in self.stock.takes(team).items())
-        worth = self.estimates.worth(team, prompt, output) * (ACROSS_SITES if len(sites) > 1 else 1.0)
-        return worth / max(cost, 1e-9 * prices.worth)
+        worth = max(self.estimates.worth(team, role, prompt, output) for role in self.problem.roles)
+        kept = ACROSS_SITES if len(sites) > 1 else 1.0
+        return kept * worth / max(cost, 1e-9 * prices.worth)
 
     def _is_whole(self, team: Team) -> bool:
         return all(n == self.problem.pools[pool].size for pool, n in team)
