@@ -23,6 +23,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -148,7 +149,7 @@ def _without_borders(corners: Sequence[Sequence[Corner]]) -> Balanced:
         ((a[1] - b[1]) / (b[0] - a[0]), replica, a, b)
         for replica, own in enumerate(corners)
         if len(own) > 1
-        for a, b in zip(own, own[1:], strict=False)
+        for a, b in pairwise(own)
         if b[0] > a[0]
     )
     for loss, replica, a, b in turns:

@@ -98,9 +98,7 @@ class _State:
 class _Chain:
     """One walk from a start, getting colder."""
 
-    def __init__(
-        self, run: Run, members: Members, values: _Values, start: Draft
-    ) -> None:
+    def __init__(self, run: Run, members: Members, values: _Values, start: Draft) -> None:
         self._run, self._members, self._values = run, members, values
         self._nearby, self._finalists = Nearby(run.problem.pools), _Finalists()
         self._move_to(self._solved(tuple(members.of_draft(start))))

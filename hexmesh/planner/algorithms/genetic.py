@@ -30,12 +30,14 @@ from hexmesh.cost import LOCAL_BYTES_PER_S, LOCAL_HOP_S
 from hexmesh.planner.members import Members, draft_of
 from hexmesh.planner.moves import halved, joined, pool_of_any, without
 from hexmesh.planner.objective import WORTHLESS, Figures, Worth
-from hexmesh.planner.pools import Pool, Team
+from hexmesh.planner.pools import Team
 from hexmesh.planner.problem import Draft, Problem
 from hexmesh.planner.run import Run
 
 NAME = "genetic"
 POPULATION, N_OFFSPRING, N_GENERATIONS, TOURNAMENT = 100, 10, 300, 3
+PATIENCE = 60
+"""Generations without a fitter one after which the search ends."""
 MAX_REGIONS = 10
 LEAST_GAIN = 0.5
 """Of the spread that is left: with less, one more region is not worth it."""
@@ -80,11 +82,12 @@ def evolve(
     rng: random.Random,
     *,
     n_generations: int = N_GENERATIONS,
+    patience: int = PATIENCE,
     is_over: Callable[[], bool] = lambda: False,
 ) -> Iterator[Partition]:
     """Partitions, each fitter than all before it."""
     population = [(fitness(first), first)]
-    best, seen = population[0][0], {first}
+    best, seen, gained_at = population[0][0], {first}, 0
     yield first
     for generation in range(n_generations + 1):
         offspring = list[tuple[Worth, Partition]]()
@@ -99,8 +102,10 @@ def evolve(
         # Of equals the younger survive: the search drifts over plateaus instead of standing on them.
         population = sorted([*reversed(offspring), *population], key=_fitness, reverse=True)[:POPULATION]
         if population[0][0] > best:
-            best = population[0][0]
+            best, gained_at = population[0][0], generation
             yield population[0][1]
+        if generation - gained_at >= patience:
+            return
 
 
 def _fitness(individual: tuple[Worth, Partition]) -> Worth:
@@ -215,7 +220,8 @@ def delay_matrix(cluster: Cluster, payload_bytes: float) -> Matrix:
     np.fill_diagonal(delays, LOCAL_HOP_S + payload_bytes / LOCAL_BYTES_PER_S)
     for link in cluster.links:
         delays[at[link.src], at[link.dst]] = link.rtt_p50_s / 2 + payload_bytes / link.bytes_per_s
-    return np.nan_to_num(delays, nan=float(np.nanmax(delays)))
+    delays[np.isnan(delays)] = np.nanmax(delays)
+    return delays
 
 
 def regions(delays: Matrix, rng: random.Random) -> list[int]:
