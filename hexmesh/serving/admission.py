@@ -104,7 +104,8 @@ class Admission:
         is_grown = pool.grow(sequence.blocks, len(sequence.tokens))
         assert is_grown
         sequence.start_from(len(known), len(known) * pool.block_tokens, last_step)
-        self._promise(sequence)
+        if sequence.names_blocks:
+            self._promise(sequence)
         return True
 
     def _promise(self, sequence: Sequence) -> None:

@@ -307,7 +307,11 @@ class Batcher:
     def _emit(self, row: ScheduledRow, drawn: list[SampledToken], now_s: float) -> Emission:
         sequence = row.sequence
         first = sequence.n_output
-        n_taken, finish_reason = _take(sequence, drawn, row.drafts)
+        if row.drafts:
+            n_taken, finish_reason = _take(sequence, drawn, row.drafts)
+            drawn = drawn[:n_taken]
+        else:
+            finish_reason = sequence.accept(drawn[0])
         sequence.n_computed = sequence.n_scheduled = len(sequence.tokens) - 1
         if sequence in self._prefilling:
             del self._prefilling[sequence]
@@ -322,10 +326,12 @@ class Batcher:
                 self.pool.lease(sequence.lease_id, sequence.blocks, now_s + sequence.kept_s)
             self._drop(sequence)
             self._turnover.ended(now_s)
-        return Emission(sequence, first, drawn[:n_taken], finish_reason)
+        return Emission(sequence, first, drawn, finish_reason)
 
     def _seal(self, sequence: Sequence) -> None:
         """Make the whole blocks that are computed known by name."""
+        if not sequence.names_blocks:
+            return
         block_tokens = self.pool.block_tokens
         while (stop := (sequence.n_sealed + 1) * block_tokens) <= sequence.n_computed:
             name = sequence.prefix.name(sequence.tokens, stop)

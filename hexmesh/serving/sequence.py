@@ -38,6 +38,8 @@ class Sequence:
     """Only sequences of one salt share blocks."""
     reuses_prefix: bool = True
     """Whether known blocks will do for its prompt; not where every position is to be computed, as for its scores."""
+    names_blocks: bool = True
+    """Whether its blocks get names, by which others find them."""
     drafts: list[int] = field(default_factory=list)
     """Tokens that may come next, for its next decode row to verify; set by whoever guesses, cleared once judged."""
     n_cached: int = 0

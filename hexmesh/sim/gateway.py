@@ -219,7 +219,8 @@ class Gateway:
             stop_token_ids=_NO_STOP,
             sampling=_SAMPLING,
             deadline_s=flight.deadline_s,
-            cache_salt=flight.key,
+            reuses_prefix=False,
+            names_blocks=False,
             awaits_kv=awaits_kv,
         )
 

@@ -19,7 +19,6 @@ from hexmesh.score import pipeline_of
 from hexmesh.serving.batcher import Batcher, BatchLimits, Emission, MicroBatch
 from hexmesh.serving.blocks import BlockPool
 from hexmesh.serving.pacing import Pacing
-from hexmesh.serving.prefix import PrefixChain
 from hexmesh.serving.sequence import Sequence as Tokens
 from hexmesh.sim.events import Events
 from hexmesh.sim.network import Network
@@ -33,18 +32,6 @@ _EPOCH = Epoch(ballot=Ballot(term=0, rank=0, node="", boot=0), n=0)
 _WORTH_SKIPPING = 3
 """Rounds that must fit in before anything else happens."""
 RATE_WINDOW_S = 5.0
-
-
-class _OwnNames(PrefixChain):
-    """Names for the blocks of a sequence that shares none, without hashing tokens that nobody drew."""
-
-    __slots__ = ("_id",)
-
-    def __init__(self, sequence_id: str) -> None:
-        self._id = sequence_id
-
-    def name(self, tokens: list[int], stop: int) -> bytes:
-        return f"{self._id}/{stop}".encode()
 
 
 @dataclass(slots=True)
@@ -105,7 +92,6 @@ class SimulatedReplica:
     def submit(self, sequence: Tokens) -> None:
         """Queue a sequence. Raises Busy and InvalidInput like the batcher."""
         self.batcher.submit(sequence, self._events.now_s)
-        sequence.prefix = _OwnNames(sequence.id)
         self.send_soon()
 
     def send_soon(self) -> None:

@@ -158,3 +158,14 @@ def test_a_lease_that_nobody_ends_ends_itself() -> None:
     assert batcher.pool.n_leased == 2
     batcher.expire(60.0)
     assert batcher.pool.n_leased == 0
+
+
+def test_nameless_blocks_are_free_at_the_end_and_found_by_nobody() -> None:
+    batcher = _batcher(10)
+    for name in ("a", "b"):
+        one = sequence(name, list(range(9)), 1)
+        one.names_blocks = name == "b"
+        batcher.submit(one, 0.0)
+        assert _step(batcher) == [(name, 1)]
+        assert one.n_cached == 0
+        assert batcher.pool.n_cached == (2 if name == "b" else 0)
