@@ -1,7 +1,7 @@
 """Small random groups of devices, and the best layout of each by trying every one.
 
-Tries all orders of all subsets of pools, all TP degrees in all orders and all cuts, judged by `Capacities` itself, the
-most promising first: a bound on each layout's rate says when no other can be better.
+All orders of all subsets of pools, all TP degrees in all orders and all cuts are listed, and judged by `Capacities`
+itself, the most promising first: a bound on each layout's rate says when no other can be better.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations, pairwise, permutations
 
 from msgspec.structs import replace
@@ -184,13 +185,25 @@ def _random_links(rng: random.Random, nodes: tuple[Node, ...]) -> Iterator[Link]
 
 def brute_rate(scene: Scene, role: Role) -> float:
     """Requests per second of the best of all layouts of all devices; 0 if there is none."""
-    capacities, pools, best = scene.capacities, scene.pools, 0.0
-    pipelines = (_pipeline(scene, pools, parts) for parts in _all_parts(scene, pools))
-    bounded = [(_bound(capacities, one, role), one) for one in pipelines if one is not None]
-    for bound, pipeline in sorted(bounded, key=lambda pair: -pair[0]):
+    capacities, unlimited = (
+        scene.capacities,
+        replace_slo(scene, Slo()).capacities,
+    )  # limits are slow to search
+    pools, best = scene.pools, 0.0
+
+    @cache
+    def part_bound(part: Part) -> float:
+        group = group_like(pools[part.pool].node, pools[part.pool].device, part.tp)
+        seat = Seat(group=group, start=part.start, stop=part.stop)
+        return _bound(capacities, Pipeline(seats=(seat,), hops=(), back=NOWHERE), role)
+
+    bounded = [(min(map(part_bound, parts)), parts) for parts in _all_parts(scene, pools)]
+    for bound, parts in sorted(bounded, key=lambda pair: -pair[0]):
         if bound <= best * (1 - 1e-9):
             break
-        best = max(best, _rate(capacities, pipeline, role))
+        pipeline = _pipeline(scene, pools, parts)
+        if pipeline is not None and _rate(unlimited, pipeline, role) > best * (1 - 1e-9):
+            best = max(best, _rate(capacities, pipeline, role))
     return best
 
 
@@ -204,7 +217,7 @@ def _rate(capacities: Capacities, pipeline: Pipeline, role: Role) -> float:
 
 
 def _bound(capacities: Capacities, pipeline: Pipeline, role: Role) -> float:
-    """A rate that the pipeline cannot exceed: its slowest stage's, with all of its room for one batch."""
+    """A rate that no pipeline with these seats exceeds: the slowest's, with all of the room for one batch."""
     if role == "prefill":
         return capacities.prefill(pipeline).requests_per_s
     batch = min(capacities.resident(pipeline), BATCH_CAP)
