@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
-from hexmesh.sim import simulate
 from msgspec.structs import replace
 
+from hexmesh.sim import simulate
 from hexmesh.workload import PoissonArrivals
 from tools.bench.planner_fleets import Planned, plan_of, problem_of
 
