@@ -39,10 +39,10 @@ def search_view(file: PlanFile, glyphs: Glyphs, *, is_explained: bool) -> Render
 
 def _header(file: PlanFile) -> Iterator[Text]:
     figures, search = file.figures, file.search
-    n_devices = sum(len(node.devices) for node in file.cluster.nodes)
+    n_devices, n_hosts = sum(len(node.devices) for node in file.cluster.nodes), len(file.cluster.nodes)
     yield Text.assemble(
         ("model ", "dim"), (file.model, "bold"), f" in {file.dtype}", ("  on ", "dim"),
-        f"{figures.n_devices} of {n_devices} devices in {len(file.cluster.nodes)} hosts",
+        f"{figures.n_devices} of {n_devices} devices in {n_hosts} host{'s' * (n_hosts > 1)}",
         ("  for ", "dim"), _workload(file.workload), ("  objective ", "dim"), file.objective,
     )  # fmt: skip
     yield Text.assemble(
