@@ -231,6 +231,7 @@ def _file(subject: Subject, problem: Problem, found: Found, asked: Asked) -> Pla
         plan=plan,
         figures=figures_of(problem, best),
         bound_requests_per_s=found.bound_requests_per_s,
+        bound=found.bound,
         gap=found.gap,
         search=search_view(found, asked.seed),
         unmet=tuple(unmet(problem, found)),

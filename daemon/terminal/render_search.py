@@ -39,10 +39,10 @@ def search_view(file: PlanFile, glyphs: Glyphs, *, is_explained: bool) -> Render
 
 def _header(file: PlanFile) -> Iterator[Text]:
     figures, search = file.figures, file.search
-    n_devices = sum(len(node.devices) for node in file.cluster.nodes)
+    n_devices, n_hosts = sum(len(node.devices) for node in file.cluster.nodes), len(file.cluster.nodes)
     yield Text.assemble(
         ("model ", "dim"), (file.model, "bold"), f" in {file.dtype}", ("  on ", "dim"),
-        f"{figures.n_devices} of {n_devices} devices in {len(file.cluster.nodes)} hosts",
+        f"{figures.n_devices} of {n_devices} devices in {n_hosts} host{'s' * (n_hosts > 1)}",
         ("  for ", "dim"), _workload(file.workload), ("  objective ", "dim"), file.objective,
     )  # fmt: skip
     yield Text.assemble(
@@ -50,10 +50,21 @@ def _header(file: PlanFile) -> Iterator[Text]:
     )
     cut = ", cut off by time" if search.was_cut_off else ""
     yield Text.assemble(
-        ("bound ", "dim"), f"{file.bound_requests_per_s:.4g} requests/s, the plan is {file.gap:.1%} below it",
+        ("bound ", "dim"), _bound(file),
         ("  found by ", "dim"), f"{_finder(file)} in {search.elapsed_s:.2g} s{cut}",
     )  # fmt: skip
     yield from (Text(note, "dim") for note in search.notes)
+
+
+def _bound(file: PlanFile) -> str:
+    """What no plan beats, in what the objective is about."""
+    match file.objective:
+        case "cost":
+            return f"no plan for that rate costs less than {file.bound:.4g} an hour, {file.gap:.1%} less than this one"
+        case "latency":
+            return f"no request takes less than {show_duration(file.bound)}, {file.gap:.1%} less than here"
+        case _:
+            return f"no plan serves more than {file.bound:.4g} requests/s, this one {file.gap:.1%} less"
 
 
 def _finder(file: PlanFile) -> str:
@@ -116,7 +127,7 @@ def _difference(old: float, new: float) -> str:
 
 def _comparison(rows: Iterable[Compared]) -> RenderableType:
     table = new_table(
-        "ALGORITHM", "REQUESTS/S", "FIRST TOKEN", "EACH", "PRICE/H", "DEVICES", "BELOW BOUND", "TOOK"
+        "ALGORITHM", "REQUESTS/S", "FIRST TOKEN", "EACH", "PRICE/H", "DEVICES", "FROM BOUND", "TOOK"
     )
     for row in rows:
         took = f"{row.elapsed_s:.2g} s" + (" (cut off)" if row.was_cut_off else "")

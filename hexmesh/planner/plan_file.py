@@ -98,8 +98,10 @@ class PlanFile(msgspec.Struct, frozen=True, kw_only=True):
     figures: PlanFigures
     bound_requests_per_s: float
     """No plan of any kind over this cluster serves more, by the same score."""
+    bound: float
+    """The same in what the objective is about: requests per second, price per hour or seconds of a request."""
     gap: float
-    """How much of the bound the plan leaves, from 0 to 1."""
+    """How far the plan is from that bound, as a share of the greater of the two."""
     search: SearchView
     unmet: tuple[str, ...] = ()
     """What was asked for and cannot be had, with the nearest that can."""

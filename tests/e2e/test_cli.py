@@ -16,14 +16,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from daemon.cli import main
 from daemon.runfile import Run, local_http_url, read_run, remove_run, write_run
 from daemon.terminal.logs import JsonLines, TextLines
 from daemon.verbs.join import find_foreseen, tell_up
-from daemon.views import UpLine
+from daemon.views import PlanningView, UpLine
+from hexmesh.cluster import Cluster, Device, Node
 from hexmesh.errors import HexmeshError, NotReady, Refused
+from hexmesh.model_spec import model_spec_from_config
+from hexmesh.model_spec.known import KNOWN
+from hexmesh.workload import Workload
 from tests.e2e import recorded_daemon as recorded
 from tests.e2e.recorded_daemon import Recording, lines, recorded_daemon, server_sent
 
@@ -225,6 +230,41 @@ def test_without_the_admin_key_a_change_is_refused(
         assert (code, err.count("\n")) == (4, 1)
         assert "run this as the daemon's user, with its --state-dir" in err
     assert daemon.asked == []
+
+
+def test_a_search_over_the_mesh_asks_for_its_facts_and_apply_hands_over_what_was_found(
+    daemon: Recording, hexmesh: Hexmesh
+) -> None:
+    daemon.answers["GET", "/admin/planning"] = msgspec.to_builtins(planning())
+    code, out, _ = hexmesh("plan", "--workload", "LPLD", "--objective", "goodput", "-o", "json")
+    assert code == 0
+    assert daemon.asked == [("GET", "/admin/planning", None, f"Bearer {recorded.ADMIN_KEY}")]
+    found = json.loads(out)
+    daemon.answers["POST", "/admin/plan"] = {"accepted": True, "reason": "x"}
+    code, _, err = hexmesh("plan", "--workload", "LPLD", "--objective", "goodput", "--apply", "-o", "json")
+    assert (code, err) == (0, "handed to the coordinator; `hexmesh plan` shows what it makes of it\n")
+    method, path, body, key = daemon.asked[-1]
+    assert (method, path, key) == ("POST", "/admin/plan", f"Bearer {recorded.ADMIN_KEY}")
+    assert body is not None
+    assert {name: body[name] for name in ("objective", "workload", "plan")} == {
+        name: found[name] for name in ("objective", "workload", "plan")
+    }
+    assert body["plan"]["hosts"] == {recorded.TOKYO_1: 7}
+
+
+def planning() -> PlanningView:
+    device = Device(index=0, kind="cpu", name="cpu", budget_bytes=2**32, flops_per_s=1e11, bytes_per_s=1e10)
+    node = Node(id=recorded.TOKYO_1, name="tokyo-1", site="tokyo", devices=(device,))
+    return PlanningView(
+        model_id="m",
+        model_name="hexmesh-small",
+        spec=model_spec_from_config({**KNOWN["Llama-2-7B"], "num_hidden_layers": 2}),
+        dtype="float32",
+        max_model_tokens=2048,
+        workload=Workload(),
+        cluster=Cluster(nodes=(node,), links=()),
+        hosts={recorded.TOKYO_1: 7},
+    )
 
 
 def test_replan_and_leave(daemon: Recording, hexmesh: Hexmesh) -> None:

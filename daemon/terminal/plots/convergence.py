@@ -33,7 +33,7 @@ def draw_convergence(file: PlanFile) -> Figure:
     plain(
         axes,
         f"{file.model}: {file.figures.requests_per_s:.4g} requests/s after {search.elapsed_s:.2g} s, "
-        f"{file.gap:.1%} below the bound",
+        f"{file.gap:.1%} from the bound",
         "seconds",
         "requests/s",
     )

@@ -76,7 +76,7 @@ def draw_topology(file: PlanFile) -> Figure:
 def _headline(file: PlanFile) -> str:
     figures = file.figures
     served = f"{figures.requests_per_s:.4g} requests/s on {figures.n_devices} devices"
-    return f"{file.model}: {served}, {file.gap:.1%} below the bound"
+    return f"{file.model}: {served}, {file.gap:.1%} from the bound"
 
 
 def _colours(plan: Plan) -> dict[str, str]:

@@ -38,6 +38,7 @@ def file() -> PlanFile:
         plan=finish(problem, best, model_id="m", model_name="m", max_model_tokens=4096, hosts={"a": 0}),
         figures=figures_of(problem, best),
         bound_requests_per_s=found.bound_requests_per_s,
+        bound=found.bound,
         gap=found.gap,
         search=search_view(found, 7),
         explanation=explained(problem, best),
