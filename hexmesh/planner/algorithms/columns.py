@@ -26,7 +26,7 @@ from hexmesh.planner.algorithms import greedy
 from hexmesh.planner.estimate import Estimates
 from hexmesh.planner.host_classes import HostClass
 from hexmesh.planner.layouts import Layout
-from hexmesh.planner.master import GAP, Bundle, Master, Prices
+from hexmesh.planner.master import GAP, LIMIT_S, Bundle, Master, Prices
 from hexmesh.planner.objective import Latency, LeastCost
 from hexmesh.planner.pools import Team, team_of
 from hexmesh.planner.problem import Draft, Problem
@@ -81,11 +81,16 @@ def search(run: Run) -> None:
         if run.is_over or (target is None and served >= bound * (1 - GOOD_ENOUGH)):
             break
         if listed.promises_more_than(served):
-            chosen = listed.draft(None)
+            chosen = listed.draft(None, _left_s(run))
             run.offer(chosen, "columns")
             run.offer(best_roles(run.problem, [team_of(layout.parts) for layout in chosen]), "columns")
     if target is not None:
-        run.offer(listed.draft(target), "columns")
+        run.offer(listed.draft(target, _left_s(run)), "columns")
+
+
+def _left_s(run: Run) -> float:
+    """What an integer program may take."""
+    return max(1.0, min(LIMIT_S, run.budget_s - run.elapsed_s))
 
 
 @dataclass(kw_only=True)
@@ -179,7 +184,7 @@ class Listed:
                     return
                 self.add(pair)
 
-    def draft(self, target: float | None) -> Draft:
+    def draft(self, target: float | None, limit_s: float = LIMIT_S) -> Draft:
         """The integer program's, of the columns that lose least; nothing where the target is out of reach."""
         prices = self._master(self.bundles, target).prices()
         if prices is None:
@@ -187,7 +192,7 @@ class Listed:
         order = sorted(range(len(self.bundles)), key=lambda at: (-prices.counts[at], prices.losses[at], at))
         kept = [self.bundles[at] for at in sorted(order[:MAX_COLUMNS])]
         gap = GAP if target is None else COST_GAP
-        counts = self._master(kept, target).chosen(gap=gap, max_nodes=MAX_NODES)
+        counts = self._master(kept, target).chosen(gap=gap, max_nodes=MAX_NODES, limit_s=limit_s)
         return () if counts is None else self.stock.realised(kept, counts)
 
     def _master(self, bundles: Sequence[Bundle], target: float | None = None) -> Master:
