@@ -43,13 +43,14 @@ def layouts_of(problem: Problem, team: Team) -> list[Layout]:
 
 
 def by_ratio(problem: Problem, teams: Sequence[Team]) -> Draft:
-    """Roles in closed form, as if links were free: the best at decoding decode, one in the middle is mixed."""
+    """Roles in closed form, as if links were free: the best at decoding decode, one in the middle is mixed; or all."""
     options = [{layout.role: layout for layout in layouts_of(problem, team)} for team in teams]
     ordered = sorted(
         (roles for roles in options if roles),
         key=lambda roles: _rate(roles, "decode") / max(_rate(roles, "prefill"), 1e-30),
     )
     drafts = [tuple(_cut(ordered, cut)) for cut in range(len(ordered) + 1)]
+    drafts.append(tuple(roles["mixed"] for roles in ordered if "mixed" in roles))
     return max(drafts, key=_lesser_phase, default=())
 
 

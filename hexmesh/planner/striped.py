@@ -6,8 +6,9 @@ than to let KV do so. HexGen-2's spectral partition finds such plans now and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import pairwise, product
 
 from hexmesh.cluster import Role
 from hexmesh.planner.layouts import Layout
@@ -15,16 +16,24 @@ from hexmesh.planner.pools import Part, Team
 from hexmesh.planner.problem import Problem
 from hexmesh.score.places import Spans, spans_of
 
+_SHARES = (0.25, 0.4, 0.5, 0.6, 0.75)
+"""Of the devices, that prefill."""
+_MANY_SPLITS = 12
 _DEGREES = (1, 2, 4, 8)
 """Caps on the TP degree that are tried for a replica with given cuts."""
 
 
-def striped(problem: Problem, team: Team, share: float) -> Iterator[tuple[Layout, Layout]]:
-    """Pairs of a prefill and a decode replica: a share of each pool prefills, the rest decodes.
+def striped(problem: Problem, team: Team) -> Iterator[tuple[Layout, Layout]]:
+    """Pairs of a prefill and a decode replica: some of each pool prefills, the rest decodes.
 
-    The cuts are those that either likes best, and those of one replica of all the devices.
+    Small teams are split in all ways, others by the same share of each pool. The cuts are those that either replica
+    likes best, and those of one replica of all the devices.
     """
-    prefill, decode = _split(team, share)
+    for prefill, decode in _splits(team):
+        yield from _pairs(problem, team, prefill, decode)
+
+
+def _pairs(problem: Problem, team: Team, prefill: Team, decode: Team) -> Iterator[tuple[Layout, Layout]]:
     if not problem.may_be(prefill, "prefill") or not problem.may_be(decode, "decode"):
         return
     known = dict.fromkeys(_cuts(problem, team, prefill, decode))
@@ -34,9 +43,16 @@ def striped(problem: Problem, team: Team, share: float) -> Iterator[tuple[Layout
             yield p, d
 
 
-def _split(team: Team, share: float) -> tuple[Team, Team]:
-    counts = [(pool, n, min(max(round(n * share), 1), n - 1)) for pool, n in team if n > 1]
-    return tuple((pool, own) for pool, _, own in counts), tuple((pool, n - own) for pool, n, own in counts)
+def _splits(team: Team) -> Iterator[tuple[Team, Team]]:
+    """Each pool's devices in two, none of the parts empty; pools of one are left out."""
+    pools, sizes = [pool for pool, n in team if n > 1], [n for _, n in team if n > 1]
+    if math.prod(n - 1 for n in sizes) <= _MANY_SPLITS:
+        chosen = list(product(*(range(1, n) for n in sizes)))
+    else:
+        chosen = [tuple(min(max(round(n * share), 1), n - 1) for n in sizes) for share in _SHARES]
+    for counts in chosen:
+        rest = [n - own for n, own in zip(sizes, counts, strict=True)]
+        yield tuple(zip(pools, counts, strict=True)), tuple(zip(pools, rest, strict=True))
 
 
 def _cuts(problem: Problem, team: Team, prefill: Team, decode: Team) -> Iterator[Spans]:

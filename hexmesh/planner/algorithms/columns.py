@@ -26,7 +26,7 @@ from hexmesh.planner.algorithms import greedy
 from hexmesh.planner.estimate import Estimates
 from hexmesh.planner.host_classes import HostClass
 from hexmesh.planner.layouts import Layout
-from hexmesh.planner.master import Bundle, Master, Prices
+from hexmesh.planner.master import GAP, LIMIT_S, Bundle, Master, Prices
 from hexmesh.planner.objective import Latency, LeastCost
 from hexmesh.planner.pools import Team, team_of
 from hexmesh.planner.problem import Draft, Problem
@@ -36,8 +36,10 @@ from hexmesh.planner.stock import Stock
 from hexmesh.planner.striped import striped
 from hexmesh.score import fluid_bound
 
-MAX_COLUMNS = 600
+MAX_COLUMNS = 400
 """In the integer program."""
+FEW_COLUMNS = 60
+"""So many may hand over in part on their hosts; more are counted coarsely."""
 ROUNDS = 8
 TEAMS_A_ROUND = 24
 WORK_A_ROUND = 150_000
@@ -47,6 +49,8 @@ GOOD_ENOUGH = 5e-3
 PARTS_OF_PATTERNS = 8
 """Kinds of replicas of one host that patterns are made of."""
 PATTERNS_A_CLASS = 60
+MAX_NODES = 300
+COST_GAP = 1e-2
 LEAST_PROMISE = 0.8
 """Of what it costs: the estimate may be too low."""
 ACROSS_SITES = 0.7
@@ -59,8 +63,6 @@ MOST_PACKINGS = 2000
 STRIPED_WEIGHTS = 12.0
 """Memory of a striped pair, in weights of the model: it holds two copies."""
 STRIPED_TEAMS = 24
-STRIPED_SHARES = (0.25, 0.5, 0.75)
-"""Of the devices, that prefill."""
 
 
 def search(run: Run) -> None:
@@ -79,9 +81,16 @@ def search(run: Run) -> None:
         if run.is_over or (target is None and served >= bound * (1 - GOOD_ENOUGH)):
             break
         if listed.promises_more_than(served):
-            run.offer(listed.draft(None), "columns")
+            chosen = listed.draft(None, _left_s(run))
+            run.offer(chosen, "columns")
+            run.offer(best_roles(run.problem, [team_of(layout.parts) for layout in chosen]), "columns")
     if target is not None:
-        run.offer(listed.draft(target), "columns")
+        run.offer(listed.draft(target, _left_s(run)), "columns")
+
+
+def _left_s(run: Run) -> float:
+    """What an integer program may take."""
+    return max(1.0, min(LIMIT_S, run.budget_s - run.elapsed_s))
 
 
 @dataclass(kw_only=True)
@@ -170,26 +179,21 @@ class Listed:
             return
         wholes = [team for team in self.stock.teams_across(STRIPED_WEIGHTS) if self._is_whole(team)]
         for team in self._promising(wholes, prices)[:STRIPED_TEAMS]:
-            for share in STRIPED_SHARES:
+            for pair in striped(self.problem, team):
                 if run.is_over:
                     return
-                for pair in striped(self.problem, team, share):
-                    self.add(pair)
+                self.add(pair)
 
-    def draft(self, target: float | None) -> Draft:
+    def draft(self, target: float | None, limit_s: float = LIMIT_S) -> Draft:
         """The integer program's, of the columns that lose least; nothing where the target is out of reach."""
         prices = self._master(self.bundles, target).prices()
         if prices is None:
             return ()
         order = sorted(range(len(self.bundles)), key=lambda at: (-prices.counts[at], prices.losses[at], at))
         kept = [self.bundles[at] for at in sorted(order[:MAX_COLUMNS])]
-        counts = self._master(kept, target).chosen()
-        if counts is None:
-            return ()
-        draft = self.stock.realised(kept, counts)
-        if target is not None:
-            return draft
-        return best_roles(self.problem, [team_of(layout.parts) for layout in draft])
+        gap = GAP if target is None else COST_GAP
+        counts = self._master(kept, target).chosen(gap=gap, max_nodes=MAX_NODES, limit_s=limit_s)
+        return () if counts is None else self.stock.realised(kept, counts)
 
     def _master(self, bundles: Sequence[Bundle], target: float | None = None) -> Master:
         return Master(
@@ -197,7 +201,7 @@ class Listed:
             bundles=bundles,
             resources=self.stock.resources,
             target=target,
-            is_coarse=True,
+            is_coarse=len(bundles) > FEW_COLUMNS,
             hires=self.stock.hires,
         )
 
