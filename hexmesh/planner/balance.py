@@ -60,6 +60,10 @@ class Balanced:
     """What is added to it at a border; zeros left out."""
     borders_earn: float
 
+    def price_at(self, host: int, site: int) -> float:
+        """Of a prompt's KV on that host of that site."""
+        return self.price + self.extra.get(host, 0.0) + self.extra.get(site, 0.0)
+
     def earns(self, corners: Sequence[Corner], shares: Sequence[Share]) -> float:
         """What such a replica would add at most, at these prices."""
         price = self.price

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hexmesh.cluster import Role
-from hexmesh.planner.balance import Corner, Share, borders_of, corners_of, sites_of
+from hexmesh.planner.balance import Balanced, Corner, Share, borders_of, corners_of, sites_of
 from hexmesh.planner.layouts import Layout
 from hexmesh.planner.moves import room_bytes
 from hexmesh.planner.objective import Latency
 from hexmesh.planner.pools import Team, team_of
 from hexmesh.planner.problem import Draft, Problem
+from hexmesh.score.bound import Density, density_of
+from hexmesh.score.pipeline import launch_s
 from hexmesh.score.plan_score import kv_layer_bytes
 
 LARGEST_TEAM = 6
@@ -48,7 +50,25 @@ class Members:
         self.borders = borders_of(problem.cluster, kv_bytes)
         looks = [(pool.device, pool.node.site) for pool in problem.pools]
         self._kinds = [looks.index(look) for look in looks]
+        self._host_of_pool = [self._host_of[pool.node.id] for pool in problem.pools]
+        self._densities = _densities(problem)
         self._known = dict[tuple[Team, Role], Member | None]()
+
+    def earns_at_most(self, team: Team, role: Role, balanced: Balanced) -> float:
+        """What the team would earn at those prices if it had no bubbles, no hops and layers as small as it likes.
+
+        Known at once, so that most teams need no layout: each device's share of the work is bounded by its density.
+        """
+        if (team, role) in self._known:
+            member = self._known[team, role]
+            return 0.0 if member is None else balanced.earns(member.corners, member.shares)
+        earned = 0.0
+        for pool, n in team:
+            host, density = self._host_of_pool[pool], self._densities[pool]
+            price = balanced.price_at(host, self._site_of[host])
+            prompt = 0.0 if role == "decode" else 1 - price
+            earned += n * density.worth(prompt, 0.0 if role == "prefill" else price)
+        return earned
 
     def of(self, team: Team, role: Role) -> Member | None:
         """None: the team cannot serve in that role, or is too large to be worth a thought."""
@@ -94,6 +114,18 @@ class Members:
             shares=tuple(shares.items()),
             hosts=frozenset(at for at in shares if at < len(self._host_of)),
         )
+
+
+def _densities(problem: Problem) -> list[Density]:
+    """Of each pool."""
+    known = dict[object, Density]()
+    found = []
+    for pool in problem.pools:
+        key = pool.device, pool.degrees, pool.roles, pool.node.fabric, launch_s(pool.node)
+        if key not in known:
+            known[key] = density_of(pool.node, pool.device, pool.degrees, pool.roles, problem.capacities)
+        found.append(known[key])
+    return found
 
 
 def draft_of(members: Sequence[Member]) -> Draft:

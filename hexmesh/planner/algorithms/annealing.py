@@ -37,8 +37,8 @@ STEPS, STEPS_PER_DEVICE = 500, 50
 """Of the first chains."""
 LEAST_GAIN = 1e-3
 """Of a chain that is followed by a longer one."""
-HOTTEST, COLDEST = 0.01, 0.0003
-"""Temperatures, as parts of the value at the start."""
+HOTTEST, COLDEST = 0.06, 0.002
+"""Temperatures, as parts of what a team is worth on average at the start."""
 SHORTFALL = 20.0
 """What serving nothing of a wanted rate costs, in multiples of the price of all hosts, or of the best latency."""
 GAIN = 0.002
@@ -106,12 +106,13 @@ class _Chain:
 
     def anneal(self, n_steps: int) -> None:
         """Metropolis steps; the temperature falls geometrically. The best states are judged in the end."""
+        coldest, hottest = (part / len(self._state.members) for part in (COLDEST, HOTTEST))
         for step in range(n_steps):
             if step % _STEPS_BETWEEN_LOOKS == 0:
                 self._offer_gains()
                 if self._run.is_over:
                     return
-            temperature = HOTTEST * (COLDEST / HOTTEST) ** (step / n_steps)
+            temperature = hottest * (coldest / hottest) ** (step / n_steps)
             change = self._changes.draw(self._nearby, self._run.rng)
             least = self._state.value + temperature * math.log(1 - self._run.rng.random())
             if change is not None:
@@ -127,20 +128,21 @@ class _Chain:
 
     def _try(self, change: Change, least: float) -> None:
         """Go there if it is worth `least`."""
-        come = list[Member]()
-        for team, role in change.come:
+        state, come = self._state, list[Member]()
+        kept = [member for at, member in enumerate(state.members) if at not in change.gone]
+        earned = state.balanced.borders_earn
+        earned += sum(earning for at, earning in enumerate(state.earnings) if at not in change.gone)
+        most = [self._members.earns_at_most(team, role, state.balanced) for team, role in change.come]
+        for at, (team, role) in enumerate(change.come):
+            if self._values.at_most((*kept, *come), earned + sum(most)) < least:
+                return
             member = self._members.of(team, role)
             if member is None:
                 return
             come.append(member)
-        state = self._state
-        kept = [member for at, member in enumerate(state.members) if at not in change.gone]
-        earned = state.balanced.borders_earn + sum(
-            earning for at, earning in enumerate(state.earnings) if at not in change.gone
-        )
-        earned += sum(state.balanced.earns(member.corners, member.shares) for member in come)
+            most[at] = state.balanced.earns(member.corners, member.shares)
         there = (*kept, *come)
-        if self._values.at_most(there, earned) < least:
+        if self._values.at_most(there, earned + sum(most)) < least:
             return
         solved = self._solved(there, state.balanced.extra)
         if solved.value >= least:
