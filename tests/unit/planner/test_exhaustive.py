@@ -61,6 +61,17 @@ def test_it_is_as_good_as_every_plan_of_four_devices(seed: int) -> None:
     assert _rate(given) == pytest.approx(best_rate(given), rel=2e-6)
 
 
+@pytest.mark.parametrize("seed", [103, 106, 115, 120, 124, 126, 132, 135, 144, 175])
+def test_it_aligns_cuts_as_well_as_can_be_where_a_wire_decides(seed: int) -> None:
+    """Two replicas over several hosts each: which layers lie where is worth more than how fast either is."""
+    given = problem(cluster(random.Random(seed), 4, 4, slow=True), 4, roles=STRICT)
+    best = _searched(given).best
+    assert best is not None
+    assert best.flow.bottleneck is not None
+    assert best.flow.bottleneck.kind in ("nic_out", "nic_in", "link", "line")
+    assert best.flow.requests_per_s == pytest.approx(best_rate(given), rel=2e-6)
+
+
 @pytest.mark.parametrize("seed", range(600, 612))
 def test_replicas_that_hand_nothing_over_are_as_good_as_can_be(seed: int) -> None:
     """Hosts that say "mixed" alone, beside the search that is made for them."""
