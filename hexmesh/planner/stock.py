@@ -159,7 +159,8 @@ class Stock:
             if n_sets >= MOST_SETS:
                 return
             for counts in product(*(self._shares(pool) for pool in chosen)):
-                yield tuple(sorted((pool, n) for pool, n in zip(chosen, counts, strict=True) if n))
+                if any(counts):
+                    yield tuple(sorted((pool, n) for pool, n in zip(chosen, counts, strict=True) if n))
 
     def _host_sets(self, most_weights: float) -> Iterator[tuple[int, ...]]:
         """Pools of two hosts or more whose memory is enough and not far too much, few hosts first."""
