@@ -224,7 +224,7 @@ class EveryLayout:
     def _choice(self, role: Role, rated: Sequence[_Rated], is_complete: bool) -> Choice | None:
         parts, rates, reach, hosts = list[tuple[Part, ...]](), list[Floats](), list[Floats](), list[Ints]()
         for one in rated:
-            own = _in_role(role, one.rates)
+            own = _in_role(role, one.rates, hands_over=self._problem.hands_over)
             kept = np.flatnonzero(own[2])
             if not len(kept):
                 continue
@@ -264,7 +264,7 @@ class EveryLayout:
         return found
 
 
-def _in_role(role: Role, rates: Rates) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+def _in_role(role: Role, rates: Rates, *, hands_over: bool) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
     """(prefill and decode rates, reach, whether it does anything)"""
     zeros = np.zeros_like(rates.prefill)
     if role == "prefill":
@@ -274,7 +274,10 @@ def _in_role(role: Role, rates: Rates) -> tuple[Floats, Floats, npt.NDArray[np.b
     both = np.stack([rates.prefill, rates.decode], 1)
     is_any = (rates.prefill > 0) & (rates.mixed > 0)
     reach = np.zeros((len(zeros), N_DIRECTIONS))
-    reach[is_any] = polygon_reach(rates.prefill[is_any], rates.decode[is_any], rates.uses[is_any])
+    if hands_over:
+        reach[is_any] = polygon_reach(rates.prefill[is_any], rates.decode[is_any], rates.uses[is_any])
+    else:  # As many prompts as outputs, whatever they are worth.
+        reach[is_any] = rates.mixed[is_any, None]
     return both, reach, is_any
 
 

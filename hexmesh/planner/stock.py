@@ -160,7 +160,7 @@ class Stock:
                 return
             for counts in product(*(self._shares(pool) for pool in chosen)):
                 team = tuple(sorted((pool, n) for pool, n in zip(chosen, counts, strict=True) if n))
-                if self.may_hold(team):
+                if team and self.may_hold(team):
                     yield team
 
     def _host_sets(self, most_weights: float) -> Iterator[tuple[int, ...]]:

@@ -82,8 +82,6 @@ class _Search:
     run: Run
     rate: float = 0.0
     """Of the best draft so far, or what one must exceed."""
-    enough: float = float("inf")
-    """A rate that need not be exceeded."""
     n_judged: int = 0
     layouts: EveryLayout = field(init=False)
     caps: HandoffCaps = field(init=False)
@@ -97,7 +95,7 @@ class _Search:
         found = [
             (team, choices)
             for team in teams_within(tuple(pool.size for pool in problem.pools))
-            if _may_hold(problem, team) and (choices := self.layouts.of(team))
+            if not self.run.is_over and _may_hold(problem, team) and (choices := self.layouts.of(team))
         ]
         self.teams, self.choices = [team for team, _ in found], [choices for _, choices in found]
         self._caps = dict[tuple[int, Role, int, Role], Floats]()

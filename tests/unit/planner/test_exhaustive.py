@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from hexmesh.cluster import Cluster
-from hexmesh.planner.algorithms import exhaustive
+from hexmesh.planner.algorithms import alone, exhaustive
 from hexmesh.planner.every_layout import EveryLayout, every_cut, n_layouts, sequences
 from hexmesh.planner.finish import finish
 from hexmesh.planner.objective import Latency, LeastCost
@@ -59,6 +59,28 @@ def test_it_is_as_good_as_every_plan_of_three_devices(seed: int) -> None:
 def test_it_is_as_good_as_every_plan_of_four_devices(seed: int) -> None:
     given = _case(seed, 4, 4)
     assert _rate(given) == pytest.approx(best_rate(given), rel=2e-6)
+
+
+@pytest.mark.parametrize("seed", [103, 106, 115, 120, 124, 126, 132, 135, 144, 175])
+def test_it_aligns_cuts_as_well_as_can_be_where_a_wire_decides(seed: int) -> None:
+    """Two replicas over several hosts each: which layers lie where is worth more than how fast either is."""
+    given = problem(cluster(random.Random(seed), 4, 4, slow=True), 4, roles=STRICT)
+    best = _searched(given).best
+    assert best is not None
+    assert best.flow.bottleneck is not None
+    assert best.flow.bottleneck.kind in ("nic_out", "nic_in", "link", "line")
+    assert best.flow.requests_per_s == pytest.approx(best_rate(given), rel=2e-6)
+
+
+@pytest.mark.parametrize("seed", range(600, 612))
+def test_replicas_that_hand_nothing_over_are_as_good_as_can_be(seed: int) -> None:
+    """Hosts that say "mixed" alone, beside the search that is made for them."""
+    fleet = cluster(random.Random(seed), 5, 6)
+    nodes = tuple(msgspec.structs.replace(node, roles=("mixed",)) for node in fleet.nodes)
+    given = problem(msgspec.structs.replace(fleet, nodes=nodes), 6)
+    other = Run(problem=given, rng=random.Random(0), clock=lambda: 0.0, budget_s=1.0)
+    alone.search(other)
+    assert _rate(given) == pytest.approx(other.best.flow.requests_per_s if other.best else 0.0, rel=2e-6)
 
 
 def _more(fleet: Cluster, rng: random.Random) -> Iterator[Cluster]:
