@@ -27,6 +27,8 @@ from hexmesh.workload import CLASSES, Workload
 
 FLEETS = Path(__file__).resolve().parents[2] / "docs" / "fleets"
 MODELS = ("Llama-2-70B", "Llama-3-70B", "OPT-30B")
+FEWER_CLASSES = {"Llama-3-70B": ("HPLD", "LPHD")}
+"""Its layers are Llama-2-70B's, so the two extremes say enough."""
 SMALL_FLEETS = (
     "hexgen2-1",
     "hexgen2-2",
@@ -114,7 +116,7 @@ def cells(*, quick: bool) -> Iterator[Cell]:
     compared = [name for name in ALGORITHMS if name not in NOT_COMPARED]
     for fleet in ("hexgen2-1", "hexgen2-h100") if quick else SMALL_FLEETS:
         for model in MODELS[:1] if quick else MODELS:
-            for workload in ("HPLD", "LPHD") if quick else CLASSES:
+            for workload in ("HPLD", "LPHD") if quick else FEWER_CLASSES.get(model, tuple(CLASSES)):
                 for name in compared:
                     yield _cell(fleet, workload, model, name)
     if quick:
