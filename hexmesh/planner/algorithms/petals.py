@@ -5,8 +5,9 @@ throughput that the swarm has for them, come first: the weakest. Then servers lo
 raises the swarm's throughput, its weakest block's, by more than the balance quality.
 
 What differs: Petals lets any request take any way through the servers. A plan here has disjoint pipelines, so the spans
-are joined to chains, each server in one: next comes whose span begins last and so overlaps least, of those whose reaches
-furthest, cut where it overlaps. What is left over serves nothing. Petals does not disaggregate: replicas are mixed.
+are joined to chains, each server in one: next comes the span that begins last, and so overlaps least, and of those the
+one that reaches furthest, cut where it overlaps. What is left over serves nothing. Petals does not disaggregate:
+replicas are mixed.
 """
 
 from __future__ import annotations
