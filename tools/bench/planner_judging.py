@@ -11,10 +11,17 @@ from hexmesh.sim import simulate
 from hexmesh.workload import PoissonArrivals
 from tools.bench.planner_fleets import Planned, plan_of, problem_of
 
-N_REQUESTS = 2_000
+N_REQUESTS = 1_000
+"""At least; `LIVES` of every sequence that the plan holds at once if that is more."""
+LIVES = 2
+WARM_UP = 0.55
+"""Of the requests: more than one life, as the first sequences come without their prompts' work."""
 SEEDS = (1, 2)
-"""The second shows what the first is worth."""
-CONTENDERS = 3
+"""The second, where there is one class of workload to show it by, shows what the first is worth."""
+NOISE_SHOWN_BY = "HPLD"
+MODELS_SIMULATED = ("Llama-2-70B", "OPT-30B")
+"""Llama-3-70B has the same layers as Llama-2-70B, and another vocabulary."""
+CONTENDERS = 2
 """Per problem, beside `auto`: those that come nearest to it by the score, and no further below than NEAR."""
 NEAR = 0.9
 LOAD = 0.75
@@ -63,13 +70,15 @@ def peak(planned: Planned, seed: int) -> Peak:
     """Simulate a cell's plan with its queues kept full."""
     cell = planned.cell
     problem = problem_of(cell.fleet, cell.workload, cell.model)
+    plan = plan_of(problem, planned)
     found = simulate(
-        plan_of(problem, planned),
+        plan,
         problem.cluster,
         problem.spec,
         problem.workload,
-        n_requests=N_REQUESTS,
+        n_requests=max(N_REQUESTS, LIVES * sum(replica.predicted_batch for replica in plan.replicas)),
         seed=seed,
+        warm_up=WARM_UP,
     )
     return Peak(
         of=cell.key,
@@ -104,10 +113,10 @@ def online(planned: Planned, against: Planned) -> Online:
 
 
 def finalists(planned: Iterable[Planned]) -> Iterator[tuple[Planned, int]]:
-    """(cell, seed) of all that are simulated at peak: `auto` twice, and who comes near it once for each plan."""
+    """(cell, seed) of all that are simulated at peak: `auto`, and each other plan that comes near it."""
     problems = dict[str, list[Planned]]()
     for one in planned:
-        if not one.cell.is_speed and one.requests_per_s > 0:
+        if not one.cell.is_speed and one.requests_per_s > 0 and one.cell.model in MODELS_SIMULATED:
             problems.setdefault(one.cell.problem, []).append(one)
     for members in problems.values():
         yield from _finalists(members)
@@ -118,7 +127,7 @@ def _finalists(members: list[Planned]) -> Iterator[tuple[Planned, int]]:
     auto = by_name.get("auto")
     if auto is None:
         return
-    yield from ((auto, seed) for seed in SEEDS)
+    yield from ((auto, seed) for seed in SEEDS[: 2 if auto.cell.workload == NOISE_SHOWN_BY else 1])
     seen = {auto.draft}
     for one in sorted(members, key=lambda one: -one.requests_per_s):
         if one.draft not in seen and one.requests_per_s >= NEAR * auto.requests_per_s:

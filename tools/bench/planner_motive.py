@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -51,6 +52,16 @@ def motive(slow_bytes_per_s: float) -> Motive:
         across_s=_request_s(capacities, _across(problem, slow_bytes_per_s)),
         slow_bytes_per_s=slow_bytes_per_s,
     )
+
+
+def rate_for(ratio: float) -> float:
+    """Bytes/s between the machines at which TP across them is that many times slower than the asymmetric layout."""
+    low, high = 1e3, 1e12
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        at = motive(middle)
+        low, high = (middle, high) if at.across_s > ratio * at.asymmetric_s else (low, middle)
+    return low
 
 
 def _request_s(capacities: Capacities, pipeline: Pipeline) -> float:

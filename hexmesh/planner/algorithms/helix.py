@@ -120,14 +120,14 @@ class Placement:
             program.use(("rate", at), is_made, most - self.kinds[c][0].rates[j - 1], most)
         for k, flow in enumerate(flows):
             for a, b in combinations(range(len(self.kinds)), 2):
-                slower = most - min(most, self._link_rate(a, b), self._link_rate(b, a))
+                slower = most - min(most, self.link_rate(a, b), self.link_rate(b, a))
                 program.use(("link", k, a, b), flow, 1.0, most + slower)
                 for kind in (a, b):
                     program.use(("link", k, a, b), takes[k, kind], slower, most + slower)
         values = program.solve_integers(gap=MIP_GAP, max_nodes=MAX_NODES, limit_s=limit_s)
         return [] if values is None else self._chains([round(values[number]) for number in numbers])
 
-    def _link_rate(self, a: int, b: int) -> float:
+    def link_rate(self, a: int, b: int) -> float:
         """Requests per second, prompts and outputs, between servers of two kinds; 0 if there is no link."""
         problem = self.problem
         src, dst = (problem.pools[self.kinds[kind][0].pool].node.id for kind in (a, b))

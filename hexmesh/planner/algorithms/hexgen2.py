@@ -39,11 +39,11 @@ from hexmesh.score import handoff_bytes
 from hexmesh.score.plan_score import kv_layer_bytes
 
 Phase = Literal["prefill", "decode"]
-MAX_K_TRIED = 8
+MAX_K_TRIED = 6
 """Of the wide search, spread evenly."""
 ROUND = 50
 """Proposals."""
-MAX_FLOWS = 1_500
+MAX_FLOWS, MAX_EDGES = 800, 40_000
 """Networks solved for one K, fewer where they are large: solving one takes about the square of K."""
 
 
@@ -218,7 +218,7 @@ def improve(run: Run, network: Network, builder: Builder, propose: Proposals, by
 
     Proposals are looked at in rounds, and the best of the first round with a gain is taken.
     """
-    left = max(2 * ROUND, min(MAX_FLOWS, 20_000 // len(network.groups)))
+    left = max(2 * ROUND, min(MAX_FLOWS, MAX_EDGES // len(network.groups) ** 2))
     _offer(run, network, by)
     proposals = iter(propose(network))
     while left > 0 and not run.is_over:

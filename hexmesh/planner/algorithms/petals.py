@@ -5,8 +5,9 @@ throughput that the swarm has for them, come first: the weakest. Then servers lo
 raises the swarm's throughput, its weakest block's, by more than the balance quality.
 
 What differs: Petals lets any request take any way through the servers. A plan here has disjoint pipelines, so the spans
-are joined to chains, each server in one: again and again the servers that reach furthest, cut where they overlap. What
-is left over serves nothing. Petals does not disaggregate: replicas are mixed.
+are joined to chains, each server in one: next comes the span that begins last, and so overlaps least, and of those the
+one that reaches furthest, cut where it overlaps. What is left over serves nothing. Petals does not disaggregate:
+replicas are mixed.
 """
 
 from __future__ import annotations
@@ -104,9 +105,8 @@ def chains(problem: Problem, spans: Sequence[Span]) -> Iterator[tuple[Part, ...]
             reaching = [span for span in left if span.start <= at < span.stop]
             if not reaching:
                 return
-            furthest = max(reaching, key=lambda span: (span.stop, span.rate))
-            left.remove(furthest)
-            server = furthest.server
-            chain.append(Part(pool=server.pool, tp=server.tp, start=at, stop=furthest.stop))
-            at = furthest.stop
+            span = max(reaching, key=lambda span: (span.start, span.stop, span.rate))
+            left.remove(span)
+            chain.append(Part(pool=span.server.pool, tp=span.server.tp, start=at, stop=span.stop))
+            at = span.stop
         yield tuple(chain)
