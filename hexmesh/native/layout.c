@@ -18,6 +18,7 @@ enum { MOST_LAYERS = 4096, MOST_KINDS = 256, MOST_OPTIONS = 1 << 16, MOST_STATES
 enum role { PREFILL, DECODE, MIXED, N_ROLES };
 
 static const double ROUNDING = 1e-11; /* periods that differ by less are one */
+static const int MOST_BISECTIONS = 64;
 static const int WEIGHTS = 24;        /* of one limit against the other, tried where a layout must keep two */
 
 struct kind { /* of layer */
@@ -686,7 +687,7 @@ static bool run_tightest(struct graph *g, const struct ask *ask, struct fit *fit
     double params[MOST_KINDS];
     prepare(g, &ask->step, params);
     double low = 0, high = INFINITY, period_s = ask->period_s;
-    while (true) {
+    for (int i = 0; i < MOST_BISECTIONS; i++) {
         struct fit found;
         const double around_s = fmin(ask->n_groups * period_s, ask->around_s);
         if (find_fit(g, &ask->step, params, ask->resident, period_s, around_s, &found)) {
@@ -699,9 +700,10 @@ static bool run_tightest(struct graph *g, const struct ask *ask, struct fit *fit
             low = period_s;
         }
         if (high - low <= ROUNDING * high)
-            return true;
+            break;
         period_s = (low + high) / 2;
     }
+    return true;
 }
 
 static bool run_soonest(struct graph *g, const struct ask *ask, struct fit *fit)

@@ -58,7 +58,7 @@ def _layouts(cluster: Cluster, workload: Workload | None = None) -> Layouts:
     return Layouts(cluster, pools_of(cluster, LLAMA_2_70B), capacities)
 
 
-@pytest.mark.parametrize("first", range(0, 200, 40))
+@pytest.mark.parametrize("first", range(0, 160, 40))
 def test_the_best_layout_is_that_of_trying_everything(first: int) -> None:
     n_found = 0
     for seed in range(first, first + 40):
@@ -72,7 +72,7 @@ def test_the_best_layout_is_that_of_trying_everything(first: int) -> None:
 
 
 def test_the_quickest_layout_is_that_of_trying_everything() -> None:
-    for seed in range(40):
+    for seed in range(30):
         scene = replace_slo(random_scene(seed, most_devices=3, most_layers=5), Slo())
         layouts, team = scene.layouts(), whole(scene.pools)
         for role in ROLES:
@@ -83,7 +83,7 @@ def test_the_quickest_layout_is_that_of_trying_everything() -> None:
 
 @pytest.mark.skipif(load("layout") is None, reason="the kernel is not built")
 def test_the_kernel_finds_what_its_twin_finds() -> None:
-    for seed in range(1000, 1040):
+    for seed in range(1000, 1025):
         scene = random_scene(seed)
         compiled, twin, team = scene.layouts(), _twin(scene), whole(scene.pools)
         for role in ROLES:
@@ -97,7 +97,7 @@ def test_the_kernel_finds_what_its_twin_finds() -> None:
 
 def test_rates_are_the_scores_own() -> None:
     n_rated = 0
-    for seed in range(300, 380):
+    for seed in range(300, 360):
         scene = random_scene(seed)
         layouts, capacities = scene.layouts(), scene.capacities
         for role in ROLES:
@@ -123,7 +123,7 @@ def test_rates_are_the_scores_own() -> None:
                 assert layout.micro_batches == tokens.micro_batches
             for found, wanted in zip(layout.uses, mixed.uses if role == "mixed" else (), strict=True):
                 assert found == pytest.approx(wanted, **close)
-    assert n_rated > 80
+    assert n_rated > 60
 
 
 def test_a_layout_places_every_layer_once_on_devices_that_the_team_has() -> None:
