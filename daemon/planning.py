@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from hexmesh.model_spec import ModelSpec
 from hexmesh.plan import DtypeName, Plan, Replica, digest_of, encode_plan
 from hexmesh.schedule.availability import barred_hosts, kept_hosts, why_outdated, with_barred
 from hexmesh.schedule.check import check_plan
+from hexmesh.schedule.drift import Drift
 from hexmesh.schedule.layout import KEEP_GAIN, KEEP_GAIN_AFTER_LOSS, lay_out
 from hexmesh.schedule.loading import load_estimate_s
 from hexmesh.schedule.misfit import NoFit
+from hexmesh.schedule.moving import why_move
 from hexmesh.units import show_bytes
 from hexmesh.wire.notice import PlanBlocked
 from hexmesh.workload import Workload
@@ -73,6 +76,7 @@ class MeshPlanner:
         self._facts_changed = asyncio.Event()
         self._used_facts: set[tuple[str, str]] | None = None
         self._misfit: _Misfit | None = None
+        self._drift = Drift()
 
     def facts_changed(self) -> None:
         """The directory has news."""
@@ -97,6 +101,25 @@ class MeshPlanner:
         return why_outdated(
             present, {node: said for node, said in word.items() if present.hosts.get(node) == hosts[node]}
         )
+
+    def has_drifted(self, hosts: Iterable[str]) -> bool:
+        """Whether the figures of the last look have been off for long."""
+        return self._drift.has_drifted(self._directory.cluster(hosts), time.monotonic())
+
+    async def find_better(self, hosts: Mapping[str, int], present: Plan) -> str | None:
+        """Why the present plan should give way to another over the same hosts; None while it may stay."""
+        word = self._directory.availability(hosts)
+        cluster = _without(self._directory.cluster(hosts), barred_hosts(word))
+        self._drift.planned_with(self._directory.cluster(hosts))
+        kept = await asyncio.to_thread(self._search, cluster, hosts, "", present, math.inf)
+        best = await asyncio.to_thread(self._search, cluster, hosts, "", present, KEEP_GAIN)
+        if isinstance(kept, NoFit) or isinstance(best, NoFit):
+            return None
+        return why_move(kept, best, load_s=self._load_s(best, cluster, hosts), least_gain=KEEP_GAIN)
+
+    def _load_s(self, plan: Plan, cluster: Cluster, hosts: Iterable[str]) -> float:
+        holders = {record.node for record in self._directory.records() if record.has_all_weights}
+        return load_estimate_s(plan, cluster, holders & set(hosts))
 
     async def find_misfit(self, hosts: Mapping[str, int], without: str) -> NoFit | None:
         """Why the model would not fit `hosts` if `without` were drained; None if it would."""
@@ -136,20 +159,20 @@ class MeshPlanner:
         assert not faults, faults
         plan = with_barred(answer, word, barred, cluster)
         data = encode_plan(plan)
-        holders = {record.node for record in self._directory.records() if record.has_all_weights}
-        load_s = load_estimate_s(plan, cluster, holders & wanted.hosts.keys())
         return PlanEnvelope(
             plan=data,
             digest=digest_of(data),
             hosts=wanted.hosts,
             idle=plan.idle_hosts(),
-            load_estimate_s=load_s,
+            load_estimate_s=self._load_s(plan, cluster, wanted.hosts),
         )
 
     def _cluster_now(self, hosts: Set[str]) -> Cluster:
         """What is known of `hosts` now; later facts are a reason to plan again."""
         self._used_facts = self._facts_of(hosts)
-        return self._directory.cluster(hosts)
+        cluster = self._directory.cluster(hosts)
+        self._drift.planned_with(cluster)
+        return cluster
 
     async def _answer(
         self,
@@ -179,10 +202,16 @@ class MeshPlanner:
         return reason
 
     def _search(
-        self, cluster: Cluster, hosts: Mapping[str, int], reason: str, current: Plan | None
+        self,
+        cluster: Cluster,
+        hosts: Mapping[str, int],
+        reason: str,
+        current: Plan | None,
+        keep_gain: float | None = None,
     ) -> Plan | NoFit:
         model = self._model
         has_lost = current is not None and not current.hosts.keys() <= hosts.keys()
+        usual_gain = KEEP_GAIN_AFTER_LOSS if has_lost else KEEP_GAIN
         return lay_out(
             cluster,
             model.spec,
@@ -194,7 +223,7 @@ class MeshPlanner:
             max_model_tokens=model.max_model_tokens,
             reason=reason,
             current=current,
-            keep_gain=KEEP_GAIN_AFTER_LOSS if has_lost else KEEP_GAIN,
+            keep_gain=usual_gain if keep_gain is None else keep_gain,
             budget_s=SEARCH_BUDGET_S,
             clock=time.monotonic,
         )

@@ -273,3 +273,19 @@ class AloneCourier:
     """Nobody else to send to."""
 
     node_id = IDS["tokyo"]
+
+
+async def test_a_better_plan_is_looked_for_and_named_only_where_it_pays() -> None:
+    """After a loss the pair goes on as it is; with memory for a replica each, moving pays."""
+    planner, directory = planner_over(
+        record("tokyo", memory_mib=9, links_to=("osaka",)), record("osaka", memory_mib=9, links_to=("tokyo",))
+    )
+    answer = await planner.plan(wanted(), None)
+    assert isinstance(answer, PlanEnvelope)
+    present, hosts = decode_plan(answer.plan), dict.fromkeys(IDS.values(), 1)
+    assert await planner.find_better(hosts, present) is None
+    for name, other in (("tokyo", "osaka"), ("osaka", "tokyo")):
+        directory.merge(record(name, memory_mib=60, links_to=(other,), sequence=2))
+    reason = await planner.find_better(hosts, present)
+    assert reason is not None
+    assert reason.startswith("another layout gives ")
