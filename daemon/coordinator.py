@@ -14,7 +14,9 @@ from typing import NoReturn, assert_never
 
 from daemon.courier import Courier
 from daemon.epochs import Epochs
+from daemon.plan_order import PlanOrder
 from daemon.planning import MeshPlanner, NoPlan
+from hexmesh.errors import Refused
 from hexmesh.ids import short
 from hexmesh.membership.coordination import Coordination
 from hexmesh.membership.outputs import (
@@ -149,6 +151,19 @@ class CoordinationLoop:
     def replan(self, reason: str) -> None:
         """Ask for a new plan over the same hosts."""
         self._feed(self.machine.replan(reason, self._loop.time()))
+
+    def obey(self, order: PlanOrder) -> None:
+        """Plan as an operator wants. Raises Refused on a node that does not coordinate, and as the planner says."""
+        if not self.machine.is_coordinator:
+            holder = self.machine.coordinator
+            who = "its coordinator" if holder is None else f"node {short(holder)}"
+            raise Refused(
+                "this node does not coordinate the mesh",
+                code="not_coordinator",
+                next_step=f"give the order to {who}: --url",
+            )
+        self._planner.obey(order, self.machine.held)
+        self.replan(order.reason)
 
     def facts_changed(self) -> None:
         """Facts arrived: plan again if an earlier plan had to do without them."""
