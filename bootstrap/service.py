@@ -199,6 +199,9 @@ class BootstrapService:
     async def replan(self, reason: str) -> None:
         raise _blocker_error()
 
+    async def order_plan(self, order: object) -> None:
+        raise _blocker_error()
+
     async def order(self, node: str, action: OrderAction, deadline_s: float) -> NodeStanding:
         raise _blocker_error()
 

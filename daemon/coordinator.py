@@ -14,7 +14,9 @@ from typing import NoReturn, assert_never
 
 from daemon.courier import Courier
 from daemon.epochs import Epochs
+from daemon.plan_order import PlanOrder
 from daemon.planning import MeshPlanner, NoPlan
+from hexmesh.errors import Refused
 from hexmesh.ids import short
 from hexmesh.membership.coordination import Coordination
 from hexmesh.membership.outputs import (
@@ -47,6 +49,8 @@ MAX_TICK_S = 0.05
 """The machine may be ticked more often than it asks for; this bounds the effect of a clock that jumps."""
 
 
+BETTER_POLL_S = 300.0
+"""How often a coordinator looks for a plan that is worth moving to, while nothing else calls for one."""
 OUTDATED_POLL_S = 1.0
 """How often a coordinator compares its plan with what hosts say of themselves, beside at every new record."""
 
@@ -76,6 +80,7 @@ class CoordinationLoop:
         self._on_replan = on_replan
         self._epochs: Epochs | None = None
         self._planning: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._outputs: deque[Output] = deque()
         self._is_carrying_out = False
         self._loop = asyncio.get_running_loop()
@@ -86,12 +91,17 @@ class CoordinationLoop:
 
     async def run(self) -> NoReturn:
         """Let time pass in the machine."""
-        looked_s = 0.0
+        looked_s, better_s = 0.0, self._loop.time()
         while True:
             self._feed(self.machine.tick(self._loop.time()))
             if self._loop.time() - looked_s >= OUTDATED_POLL_S:
                 looked_s = self._loop.time()
                 self._replan_if_outdated()
+                if not self.machine.is_at_rest:
+                    better_s = self._loop.time()
+                elif self._is_look_due(better_s):
+                    better_s = self._loop.time()
+                    self._looking = self._group.create_task(self._look_for_better(), name="look-for-better")
             wakeup_s = self.machine.next_wakeup_s(self._loop.time()) - self._loop.time()
             await asyncio.sleep(min(MAX_TICK_S, max(0.005, wakeup_s)))
 
@@ -141,6 +151,19 @@ class CoordinationLoop:
     def replan(self, reason: str) -> None:
         """Ask for a new plan over the same hosts."""
         self._feed(self.machine.replan(reason, self._loop.time()))
+
+    def obey(self, order: PlanOrder) -> None:
+        """Plan as an operator wants. Raises Refused on a node that does not coordinate, and as the planner says."""
+        if not self.machine.is_coordinator:
+            holder = self.machine.coordinator
+            who = "its coordinator" if holder is None else f"node {short(holder)}"
+            raise Refused(
+                "this node does not coordinate the mesh",
+                code="not_coordinator",
+                next_step=f"give the order to {who}: --url",
+            )
+        self._planner.obey(order, self.machine.held)
+        self.replan(order.reason)
 
     def facts_changed(self) -> None:
         """Facts arrived: plan again if an earlier plan had to do without them."""
@@ -265,6 +288,24 @@ class CoordinationLoop:
             reason = self._planner.why_outdated(self._present_plan(), self.machine.held)
             if reason is not None:
                 self.replan(reason)
+
+    def _is_look_due(self, last_s: float) -> bool:
+        if self._present_plan() is None or (self._looking is not None and not self._looking.done()):
+            return False
+        return self._loop.time() - last_s >= BETTER_POLL_S or self._planner.has_drifted(self.machine.held)
+
+    async def _look_for_better(self) -> None:
+        """Plan anew if that is worth moving for; at rest only, so that nothing urgent waits for it."""
+        present, hosts = self._present_plan(), dict(self.machine.held)
+        if present is None or present.hosts != hosts:
+            return
+        try:
+            reason = await self._planner.find_better(hosts, present)
+        except Exception:
+            log.exception("looking for a better plan failed")
+            return
+        if reason is not None and self.machine.is_at_rest and self._present_plan() is present:
+            self.replan(reason)
 
     def _start_planning(self, wanted: PlanWanted) -> None:
         self._stop_planning()

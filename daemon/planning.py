@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
+import msgspec
+
+from daemon.plan_order import PlanOrder
 from hexmesh.cluster import Availability, Cluster
+from hexmesh.errors import Refused
 from hexmesh.ids import short
 from hexmesh.membership.outputs import PlanEnvelope, PlanWanted
 from hexmesh.membership.records import Directory
 from hexmesh.model_spec import ModelSpec
-from hexmesh.plan import DtypeName, Plan, Replica, digest_of, encode_plan
+from hexmesh.plan import DtypeName, Plan, Replica, digest_of, encode_plan, plan_fault
+from hexmesh.planner.objective import Objective, Throughput, objective_named
 from hexmesh.schedule.availability import barred_hosts, kept_hosts, why_outdated, with_barred
 from hexmesh.schedule.check import check_plan
+from hexmesh.schedule.drift import Drift
 from hexmesh.schedule.layout import KEEP_GAIN, KEEP_GAIN_AFTER_LOSS, lay_out
 from hexmesh.schedule.loading import load_estimate_s
 from hexmesh.schedule.misfit import NoFit
+from hexmesh.schedule.moving import why_move
 from hexmesh.units import show_bytes
 from hexmesh.wire.notice import PlanBlocked
 from hexmesh.workload import Workload
@@ -73,6 +82,11 @@ class MeshPlanner:
         self._facts_changed = asyncio.Event()
         self._used_facts: set[tuple[str, str]] | None = None
         self._misfit: _Misfit | None = None
+        self._drift = Drift()
+        self._objective: Objective = Throughput()
+        self._ordered: Plan | None = None
+        self._follows_order = False
+        """The present plan is an operator's: it stays until the hosts change."""
 
     def facts_changed(self) -> None:
         """The directory has news."""
@@ -97,6 +111,74 @@ class MeshPlanner:
         return why_outdated(
             present, {node: said for node, said in word.items() if present.hosts.get(node) == hosts[node]}
         )
+
+    def has_drifted(self, hosts: Iterable[str]) -> bool:
+        """Whether the figures of the last look have been off for long."""
+        return self._drift.has_drifted(self._directory.cluster(hosts), time.monotonic())
+
+    async def find_better(self, hosts: Mapping[str, int], present: Plan) -> str | None:
+        """Why the present plan should give way to another over the same hosts; None while it may stay."""
+        if self._follows_order:
+            return None
+        word = self._directory.availability(hosts)
+        cluster = _without(self._directory.cluster(hosts), barred_hosts(word))
+        self._drift.planned_with(self._directory.cluster(hosts))
+        kept = await asyncio.to_thread(self._search, cluster, hosts, "", present, math.inf)
+        best = await asyncio.to_thread(self._search, cluster, hosts, "", present, KEEP_GAIN)
+        if isinstance(kept, NoFit) or isinstance(best, NoFit):
+            return None
+        return why_move(kept, best, load_s=self._load_s(best, cluster, hosts), least_gain=KEEP_GAIN)
+
+    def _load_s(self, plan: Plan, cluster: Cluster, hosts: Iterable[str]) -> float:
+        holders = {record.node for record in self._directory.records() if record.has_all_weights}
+        return load_estimate_s(plan, cluster, holders & set(hosts))
+
+    def obey(self, order: PlanOrder, hosts: Mapping[str, int]) -> None:
+        """Plan for what an operator wants from now on, and with the plan given, if there is one, next.
+
+        Raises InvalidInput for an objective that is none, Refused for a plan that does not suit the mesh.
+        """
+        workload = order.workload or self._model.workload
+        objective = objective_named(order.objective, workload)
+        if order.plan is not None:
+            plan = self._as_ours(order.plan, hosts, order.reason)
+            word = self._directory.availability(hosts)
+            cluster = _without(self._directory.cluster(hosts), barred_hosts(word))
+            faults = self._faults(plan, cluster, workload)
+            if faults:
+                raise Refused(
+                    f"the plan does not suit the mesh: {faults[0]}",
+                    code="plan_refused",
+                    next_step="plan again over the running mesh: hexmesh plan without --cluster",
+                )
+        self._model = dataclasses.replace(self._model, workload=workload)
+        self._objective, self._ordered, self._follows_order = objective, order.plan, order.plan is not None
+
+    def _as_ours(self, plan: Plan, hosts: Mapping[str, int], reason: str) -> Plan:
+        return msgspec.structs.replace(plan, hosts=dict(hosts), reason=reason)
+
+    def _faults(self, plan: Plan, cluster: Cluster, workload: Workload) -> list[str]:
+        model = self._model
+        if (plan.model_id, plan.dtype) != (model.model_id, model.dtype):
+            return [
+                f"it is for {plan.model_name} in {plan.dtype}, the mesh serves {model.name} in {model.dtype}"
+            ]
+        if plan.max_model_tokens > model.max_model_tokens:
+            return [f"it is for {plan.max_model_tokens} tokens, the model takes {model.max_model_tokens}"]
+        fault = plan_fault(plan)
+        return [fault] if fault is not None else check_plan(plan, cluster, model.spec, workload)
+
+    def _take_ordered(self, cluster: Cluster, hosts: Mapping[str, int], reason: str) -> Plan | None:
+        """The plan that an operator wants, once, if it still suits."""
+        ordered, self._ordered = self._ordered, None
+        if ordered is None:
+            return None
+        plan = self._as_ours(ordered, hosts, reason)
+        faults = self._faults(plan, cluster, self._model.workload)
+        if faults:
+            log.warning("the operator's plan does not suit the mesh any more: %s", faults[0])
+            return None
+        return plan
 
     async def find_misfit(self, hosts: Mapping[str, int], without: str) -> NoFit | None:
         """Why the model would not fit `hosts` if `without` were drained; None if it would."""
@@ -136,20 +218,20 @@ class MeshPlanner:
         assert not faults, faults
         plan = with_barred(answer, word, barred, cluster)
         data = encode_plan(plan)
-        holders = {record.node for record in self._directory.records() if record.has_all_weights}
-        load_s = load_estimate_s(plan, cluster, holders & wanted.hosts.keys())
         return PlanEnvelope(
             plan=data,
             digest=digest_of(data),
             hosts=wanted.hosts,
             idle=plan.idle_hosts(),
-            load_estimate_s=load_s,
+            load_estimate_s=self._load_s(plan, cluster, wanted.hosts),
         )
 
     def _cluster_now(self, hosts: Set[str]) -> Cluster:
         """What is known of `hosts` now; later facts are a reason to plan again."""
         self._used_facts = self._facts_of(hosts)
-        return self._directory.cluster(hosts)
+        cluster = self._directory.cluster(hosts)
+        self._drift.planned_with(cluster)
+        return cluster
 
     async def _answer(
         self,
@@ -161,6 +243,10 @@ class MeshPlanner:
     ) -> tuple[Plan | NoFit, frozenset[str]]:
         """The best plan over exactly this cluster, and who got nothing by an operator's word."""
         barred = barred_hosts(word)
+        ordered = self._take_ordered(_without(cluster, barred), wanted.hosts, reason)
+        if ordered is not None:
+            return ordered, barred
+        self._follows_order = False
         answer = await asyncio.to_thread(
             self._search, _without(cluster, barred), wanted.hosts, reason, current
         )
@@ -179,10 +265,16 @@ class MeshPlanner:
         return reason
 
     def _search(
-        self, cluster: Cluster, hosts: Mapping[str, int], reason: str, current: Plan | None
+        self,
+        cluster: Cluster,
+        hosts: Mapping[str, int],
+        reason: str,
+        current: Plan | None,
+        keep_gain: float | None = None,
     ) -> Plan | NoFit:
         model = self._model
         has_lost = current is not None and not current.hosts.keys() <= hosts.keys()
+        usual_gain = KEEP_GAIN_AFTER_LOSS if has_lost else KEEP_GAIN
         return lay_out(
             cluster,
             model.spec,
@@ -194,7 +286,8 @@ class MeshPlanner:
             max_model_tokens=model.max_model_tokens,
             reason=reason,
             current=current,
-            keep_gain=KEEP_GAIN_AFTER_LOSS if has_lost else KEEP_GAIN,
+            objective=self._objective,
+            keep_gain=usual_gain if keep_gain is None else keep_gain,
             budget_s=SEARCH_BUDGET_S,
             clock=time.monotonic,
         )

@@ -10,6 +10,7 @@ from aiohttp import hdrs, web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from daemon.plan_order import PlanOrder
 from daemon.web.access import Handler, Route
 from daemon.web.http_errors import invalid
 from daemon.web.openai_models import (
@@ -56,6 +57,7 @@ class AdminRoutes:
             Route("POST", "/admin/token/revoke", "admin", self.revoke_token),
             Route("POST", "/admin/node/remove", "admin", self.remove_node),
             Route("POST", "/admin/replan", "admin", self.replan),
+            Route("POST", "/admin/plan", "admin", self.order_plan),
             Route("POST", "/admin/leave", "admin", self.leave),
             Route("GET", "/admin/node", "api", self.show_node),
             *(
@@ -95,6 +97,14 @@ class AdminRoutes:
         body = await _body_or_defaults(request, ReplanBody)
         await self._service.replan(body.reason)
         return _json({"accepted": True, "reason": body.reason}, status=202)
+
+    async def order_plan(self, request: web.Request) -> web.Response:
+        try:
+            order = msgspec.json.decode(await request.read(), type=PlanOrder)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise invalid(f"no order for plans: {error}", param=None) from None
+        await self._service.order_plan(order)
+        return _json({"accepted": True, "reason": order.reason}, status=202)
 
     async def show_node(self, request: web.Request) -> web.Response:
         node = request.query.get("node")

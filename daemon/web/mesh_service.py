@@ -12,6 +12,7 @@ from daemon.mesh_state import MeshState
 from daemon.mesh_views import MeshViews
 from daemon.models.node_weights import NodeWeights
 from daemon.orders import NodeOrders
+from daemon.plan_order import PlanOrder
 from daemon.trust.desk import TrustDesk
 from daemon.views import (
     CachedModelView,
@@ -119,6 +120,9 @@ class NodeService:
 
     async def replan(self, reason: str) -> None:
         self._state.coordination.replan(reason)
+
+    async def order_plan(self, order: PlanOrder) -> None:
+        self._state.coordination.obey(order)
 
     async def order(self, node: str, action: OrderAction, deadline_s: float) -> NodeStanding:
         return await self._orders.give(node, action, deadline_s)

@@ -9,6 +9,7 @@ from typing import Protocol
 import msgspec
 from prometheus_client import CollectorRegistry
 
+from daemon.plan_order import PlanOrder
 from daemon.views import (
     CachedModelView,
     Issued,
@@ -136,6 +137,10 @@ class MeshService(Protocol):
         ...
 
     async def replan(self, reason: str) -> None: ...
+
+    async def order_plan(self, order: PlanOrder) -> None:
+        """Plan for what an operator wants, or carry out the plan given. Raises InvalidInput or Refused."""
+        ...
 
     async def order(self, node: str, action: OrderAction, deadline_s: float) -> NodeStanding:
         """Have the node of that name or id carry out an operator's order, or show where it stands.

@@ -11,6 +11,7 @@ The search (`hexmesh.planner.front`) makes the rate as high as it can be. Beside
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -69,7 +70,8 @@ def lay_out(
 ) -> Plan | NoFit:
     """The plan over the devices of `hosts`, or why there is none.
 
-    The same input gives the same plan, unless `clock` passes `budget_s` in a search.
+    With an infinite `keep_gain` present replicas are kept at any price. The same input gives the same plan, unless
+    `clock` passes `budget_s` in a search.
     """
     wish = Wish(
         everywhere=cluster,
@@ -143,7 +145,7 @@ class _Searcher:
             if (
                 choice is not None
                 and choice.requests_per_s * self.keep_gain > best.requests_per_s
-                and choice.n_replicas >= best.n_replicas
+                and (choice.n_replicas >= best.n_replicas or math.isinf(self.keep_gain))
             ):
                 return choice
         return None
@@ -194,9 +196,10 @@ def _kept_note(wish: Wish, best: Choice, kept: Choice, present: Sequence[Present
         return "the layout is as before" if is_as_before else f"{n_stay} of the replicas stay where they are"
     what = "kept the present layout" if is_as_before else f"kept {n_stay} of the replicas where they are"
     tokens = wish.asked.output_tokens
+    least = "" if math.isinf(keep_gain) else f", less than {round((keep_gain - 1) * 100)} % more"
     return (
         f"{what}: another layout would give {_show(best.requests_per_s * tokens)} instead of "
-        f"{_show(kept.requests_per_s * tokens)} tokens/s, less than {round((keep_gain - 1) * 100)} % more"
+        f"{_show(kept.requests_per_s * tokens)} tokens/s{least}"
     )
 
 

@@ -15,6 +15,7 @@ from aiohttp import ClientSession
 from prometheus_client import CollectorRegistry
 
 import hexmesh
+from daemon.plan_order import PlanOrder
 from daemon.views import (
     Blocker,
     CachedModelView,
@@ -301,6 +302,9 @@ class FakeService:
 
     async def replan(self, reason: str) -> None:
         self.calls.append(("replan", reason))
+
+    async def order_plan(self, order: PlanOrder) -> None:
+        self.calls.append(("order_plan", order))
 
     async def order(self, node: str, action: OrderAction, deadline_s: float) -> NodeStanding:
         self.calls.append(("order", (node, action, deadline_s)))

@@ -6,20 +6,23 @@ import asyncio
 import random
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from daemon import coordinator as coordinator_module
 from daemon import planning
 from daemon.coordinator import CoordinationLoop
 from daemon.models.model_source import resolve_model
+from daemon.plan_order import PlanOrder
 from daemon.planning import MeshPlanner, NoPlan, PlannedModel
 from hexmesh.cluster import Availability, Device, Link
+from hexmesh.errors import InvalidInput, Refused
 from hexmesh.membership.coordination import Coordination
 from hexmesh.membership.outputs import PlanEnvelope, PlanWanted
 from hexmesh.membership.records import DeviceFacts, Directory, KnownRecord, LinkFacts
 from hexmesh.membership.timers import Timers
 from hexmesh.model_spec import model_spec_from_config
-from hexmesh.plan import Plan, decode_plan, digest_of
+from hexmesh.plan import Flow, Plan, decode_plan, digest_of
 from hexmesh.workload import Workload
 from tests.node_records import node_record
 from tests.unit.daemon.fake_mesh import even_plan
@@ -273,3 +276,75 @@ class AloneCourier:
     """Nobody else to send to."""
 
     node_id = IDS["tokyo"]
+
+
+async def test_a_better_plan_is_looked_for_and_named_only_where_it_pays() -> None:
+    """After a loss the pair goes on as it is; with memory for a replica each, moving pays."""
+    planner, directory = planner_over(
+        record("tokyo", memory_mib=9, links_to=("osaka",)), record("osaka", memory_mib=9, links_to=("tokyo",))
+    )
+    answer = await planner.plan(wanted(), None)
+    assert isinstance(answer, PlanEnvelope)
+    present, hosts = decode_plan(answer.plan), dict.fromkeys(IDS.values(), 1)
+    assert await planner.find_better(hosts, present) is None
+    for name, other in (("tokyo", "osaka"), ("osaka", "tokyo")):
+        directory.merge(record(name, memory_mib=60, links_to=(other,), sequence=2))
+    reason = await planner.find_better(hosts, present)
+    assert reason is not None
+    assert reason.startswith("another layout gives ")
+
+
+async def test_an_operators_plan_is_carried_out_as_it_is_and_stays() -> None:
+    planner, _ = planner_over(*two_nodes(memory_mib=60))
+    hosts = dict.fromkeys(IDS.values(), 1)
+    answer = await planner.plan(wanted(), None)
+    assert isinstance(answer, PlanEnvelope)
+    found = decode_plan(answer.plan)
+    assert len(found.replicas) == 2
+    one = msgspec.structs.replace(
+        found, replicas=found.replicas[:1], flows=(Flow(src="r0", dst="r0", share=1.0),), unused=()
+    )
+    planner.obey(PlanOrder(plan=one, reason="by hand"), hosts)
+    answer = await planner.plan(wanted("by hand"), found)
+    assert isinstance(answer, PlanEnvelope)
+    carried_out = decode_plan(answer.plan)
+    assert (carried_out.replicas, carried_out.reason) == (one.replicas, "by hand")
+    assert await planner.find_better(hosts, carried_out) is None
+    again = await planner.plan(wanted("node osaka joined"), carried_out)
+    assert isinstance(again, PlanEnvelope)
+    assert len(decode_plan(again.plan).replicas) == 2
+
+
+async def test_an_order_that_does_not_suit_is_refused_and_changes_nothing() -> None:
+    planner, _ = planner_over(*two_nodes(memory_mib=60))
+    hosts = dict.fromkeys(IDS.values(), 1)
+    answer = await planner.plan(wanted(), None)
+    assert isinstance(answer, PlanEnvelope)
+    found = decode_plan(answer.plan)
+    for changed, said in (
+        ({"dtype": "float16"}, "it is for m in float16, the mesh serves m in float32"),
+        ({"flows": ()}, None),
+        ({"replicas": ()}, "no replica"),
+        ({"max_model_tokens": 4096}, "it is for 4096 tokens, the model takes 2048"),
+    ):
+        order = PlanOrder(plan=msgspec.structs.replace(found, **changed))
+        if said is None:
+            planner.obey(order, hosts)
+            continue
+        with pytest.raises(Refused, match=said):
+            planner.obey(order, hosts)
+    with pytest.raises(InvalidInput, match="no rate to serve at least cost"):
+        planner.obey(PlanOrder(objective="cost"), hosts)
+
+
+async def test_a_workload_that_an_operator_names_is_planned_for() -> None:
+    planner, _ = planner_over(*two_nodes(memory_mib=60))
+    hosts = dict.fromkeys(IDS.values(), 1)
+    rates = []
+    for prompt_tokens in (16, 1024):
+        workload = Workload(prompt_tokens=prompt_tokens, output_tokens=64)
+        planner.obey(PlanOrder(workload=workload), hosts)
+        answer = await planner.plan(wanted(), None)
+        assert isinstance(answer, PlanEnvelope)
+        rates.append(decode_plan(answer.plan).replicas[0].predicted_tokens_per_s)
+    assert rates[0] > 2 * rates[1]
