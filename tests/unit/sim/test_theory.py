@@ -91,6 +91,16 @@ def test_a_full_pipeline_draws_at_the_rate_of_the_period_formula(n_hosts: int, r
     assert found.replicas[0].running_mean == pytest.approx(n_held, rel=0.01)
 
 
+def test_prompts_go_through_a_pipeline_at_the_rate_of_its_slowest_stage() -> None:
+    """Of a whole step each, several in flight: they queue where most layers are."""
+    cluster, workload = _hosts(2, 1e-4), Workload.of(ConstantLengths(prompt=256, output=1))
+    capacities = capacities_of(SMALL, workload)
+    one = replica("r", "mixed", [("n0", (0,), 0, 6), ("n1", (0,), 6, 8)], cluster, capacities, kv_blocks=9000)
+    expected = capacities.prefill(pipeline_of(one.stages, cluster)).requests_per_s
+    found = simulate(plan_of([one], SMALL, cluster), cluster, SMALL, workload, n_requests=500, seed=1)
+    assert found.requests_per_s == pytest.approx(expected, rel=0.03)
+
+
 def _planned(name: str, roles: dict[str, Role] | None, tp: int) -> tuple[Plan, Cluster, float]:
     """A plan with the score's flows and rates, and the score."""
     cluster, workload = fleet(name), Workload.of(LENGTHS)
