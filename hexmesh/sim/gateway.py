@@ -63,6 +63,8 @@ class Listener:
     """Who wants to know what becomes of requests."""
 
     on_tokens: Callable[[int], None]
+    on_prompt: Callable[[], None]
+    """A request has its first token."""
     on_served: Callable[[Flight], None]
     on_refused: Callable[[Flight], None]
     on_lost: Callable[[Flight], None]
@@ -132,6 +134,7 @@ class Gateway:
             flight = self._flights[emission.sequence.id]
             if math.isnan(flight.first_s):
                 flight.first_s = self._events.now_s
+                self._listener.on_prompt()
             if emission.finish_reason is None:
                 continue
             if emission.sequence.n_output < flight.output_tokens:

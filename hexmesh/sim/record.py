@@ -30,6 +30,7 @@ class _Counters:
 
     at_s: float
     n_tokens: int
+    n_prompts: int
     n_served: int
     stage_busy_s: dict[tuple[str, int], float]
     ways: dict[Resource, tuple[float, float]]
@@ -86,6 +87,8 @@ class Record:
     def __init__(self, events: Events, mesh: Mesh, network: Network) -> None:
         self.counts = Counts()
         self.n_tokens = 0
+        self.n_prompts = 0
+        """Requests that have their first token."""
         self._events = events
         self._mesh = mesh
         self._network = network
@@ -107,6 +110,9 @@ class Record:
 
     def tokens(self, n: int) -> None:
         self.n_tokens += n
+
+    def prompt(self) -> None:
+        self.n_prompts += 1
 
     def served(self, flight: Flight) -> None:
         self.counts.served += 1
@@ -182,7 +188,7 @@ class Record:
             for at, seconds in enumerate(replica.stage_busy_s)
         }
         ways = {resource: (small, bulk) for resource, small, bulk in self._network.resources()}
-        return _Counters(self._events.now_s, self.n_tokens, self.counts.served, busy, ways)
+        return _Counters(self._events.now_s, self.n_tokens, self.n_prompts, self.counts.served, busy, ways)
 
     # --- the result ---
 
@@ -199,8 +205,9 @@ class Record:
         ]
         n_failed = sum(begin.at_s <= arrival_s <= end.at_s for arrival_s in self._failed_s)
         rate = (end.n_served - begin.n_served) / seconds
-        if is_saturated:  # who ends in the window may have drawn most before it, and the other way round
-            rate = (end.n_tokens - begin.n_tokens) / seconds / workload.output_tokens
+        if is_saturated:  # what is there at first may run out, or more may be begun than can be ended
+            n_outputs = (end.n_tokens - begin.n_tokens) / workload.output_tokens
+            rate = min(n_outputs, end.n_prompts - begin.n_prompts) / seconds
         n_good = sum(slo.is_met(one.ttft_s, one.tpot_s or 0.0) for one in measured)
         return SimResult(
             n_requests=n_requests,

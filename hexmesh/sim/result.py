@@ -98,7 +98,8 @@ class SimResult(msgspec.Struct, frozen=True, kw_only=True):
     """Mean time per token after the first, of each request with two or more."""
     end_to_end_s: Spread
     requests_per_s: float
-    """That ended in the window; where the queue was kept full, the output's tokens by a request's mean."""
+    """That ended in the window. Where the queue was kept full: prompts computed, or output tokens drawn by a request's
+    mean, whichever were less, for what comes of the sequences that were there at first is not to be kept up."""
     output_tokens_per_s: float
     goodput_share: float
     """Of the requests that came in the window: served, within both limits."""

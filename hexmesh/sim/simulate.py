@@ -169,6 +169,7 @@ class Simulation:
             network=self.network,
             listener=Listener(
                 on_tokens=self._record.tokens,
+                on_prompt=self._record.prompt,
                 on_served=self._served,
                 on_refused=self._refused,
                 on_lost=self._lost,
