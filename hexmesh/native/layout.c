@@ -109,7 +109,7 @@ struct graph {
     int *leaving_need, *leaving_first, *leaving_last; /* by visit */
     int16_t *start_of, *tp_of;
     struct placed *stack, *found;
-    bool is_busy;
+    bool is_busy, is_complete;
 };
 
 /* --- seconds --- */
@@ -298,7 +298,10 @@ static double first_token_s(const struct graph *g, int n_stages)
 
 /* --- the most layers --- */
 
-static bool furthest(struct graph *g, const struct step *step, double slowest_s, struct fit *fit)
+/* Being further is never worse if pools that cannot take a layer can be left out. Where a way past them is missing or
+   too slow (*has_gaps), a layout may exist all the same; `may_pass` lets pools be passed with no layer, so that none
+   exists if that fails, too. A layout is given without `may_pass` only. */
+static bool furthest(struct graph *g, const struct step *step, double slowest_s, bool may_pass, bool *has_gaps, struct fit *fit)
 {
     const int n = g->tables->n_layers;
     const bool may_stay = g->inside.byte_s * step->payload <= slowest_s;
@@ -308,11 +311,17 @@ static bool furthest(struct graph *g, const struct step *step, double slowest_s,
         for (int i = 0; i < v->n_entries; i++) {
             const struct entry *e = &v->entries[i];
             const struct visit *before = &g->visits[e->visit];
-            if (e->hop.byte_s * step->payload <= slowest_s)
-                for (int state = before->first_state; state < before->first_state + before->n_devices; state++)
-                    if (g->reach[state] > start)
-                        start = g->reach[state], from = state;
+            if (e->hop.byte_s * step->payload > slowest_s) {
+                *has_gaps = true;
+                continue;
+            }
+            if (may_pass && g->leaving_first[e->visit] > start)
+                start = g->leaving_first[e->visit];
+            for (int state = before->first_state; state < before->first_state + before->n_devices; state++)
+                if (g->reach[state] > start)
+                    start = g->reach[state], from = state;
         }
+        g->leaving_first[at] = start;
         const int furthest_stop = v->has_back ? n : n - 1; /* others must end it */
         for (int taken = 1; taken <= v->n_devices; taken++) {
             const int state = v->first_state + taken - 1;
@@ -333,6 +342,8 @@ static bool furthest(struct graph *g, const struct step *step, double slowest_s,
                 }
             }
             g->reach[state] = best;
+            if (best == n && may_pass)
+                return true;
             if (best == n) {
                 int n_stages = 0;
                 for (int s = state; s >= 0; s = g->came_from[s]) {
@@ -658,10 +669,13 @@ static bool find_fit(struct graph *g, const struct step *step, const double *par
     if (around_s < INFINITY && shortest_s(g) > around_s)
         return false;
     mask(g, resident, slowest_s);
-    if (!furthest(g, step, slowest_s, fit))
+    bool has_gaps = !g->is_complete;
+    if (furthest(g, step, slowest_s, false, &has_gaps, fit)) {
+        if (is_in_time(g, step, fit, around_s))
+            return true;
+    } else if (!has_gaps || !furthest(g, step, slowest_s, true, &has_gaps, fit)) {
         return false;
-    if (is_in_time(g, step, fit, around_s))
-        return true;
+    }
     if (!soonest(g, step, params, slowest_s, 1.0, 0.0, around_s * (1 + ROUNDING), fit, &least) || fit->around_s > around_s)
         return false;
     return is_in_time(g, step, fit, around_s) || both_in_time(g, step, params, slowest_s, around_s, fit);
@@ -980,7 +994,7 @@ static bool make_room(struct graph *g)
 }
 
 PyDoc_STRVAR(graph_doc,
-             "graph(tables, counts, figures)\n\ncounts (int64): the number of visits; of each whether it is a first, has a\n"
+             "graph(tables, counts, figures)\n\ncounts (int64): the number of visits, whether all have a way to all; of each whether it is a first, has a\n"
              "way back, its devices, options and entries, then which options and which visits before it.\n"
              "figures (float64): delay and seconds a byte inside a pool; of each visit the delay back, then the two of\n"
              "each entry.");
@@ -1007,12 +1021,13 @@ static PyObject *make_graph(PyObject *module, PyObject *arguments)
         PyErr_NoMemory();
         goto done;
     }
-    if (n_counts < 1 || g->counts[0] < 0 || g->counts[0] > n_counts || n_figures < 2) {
+    if (n_counts < 2 || g->counts[0] < 0 || g->counts[0] > n_counts || n_figures < 2) {
         PyErr_SetString(PyExc_ValueError, "wrong counts");
         goto done;
     }
     const double *hops = figures.buf;
     g->n_visits = (int)g->counts[0];
+    g->is_complete = g->counts[1] != 0;
     g->inside = (struct hop){hops[0], hops[1]};
     g->visits = calloc(g->n_visits + 1, sizeof *g->visits);
     g->entries = calloc(n_counts, sizeof *g->entries);
@@ -1020,7 +1035,7 @@ static PyObject *make_graph(PyObject *module, PyObject *arguments)
         PyErr_NoMemory();
         goto done;
     }
-    const char *fault = read_visits(g, g->counts + 1, g->counts + n_counts, hops + 2, hops + n_figures);
+    const char *fault = read_visits(g, g->counts + 2, g->counts + n_counts, hops + 2, hops + n_figures);
     if (fault) {
         PyErr_SetString(PyExc_ValueError, fault);
         goto done;

@@ -4,7 +4,8 @@ Two programs, both over (visit, devices of its pool taken, layers placed so far)
 little room or take too long:
 
     furthest    the most layers that can be placed. A stage of fewer layers needs no more room and time, so being
-                further is never worse, and one number a state will do.
+                further is never worse, and one number a state will do. (Unless a pool must be visited because there
+                is no way past it, and then has no layer left to take: where ways are missing, the other decides.)
     soonest     the least sum of stages and hops for each number of layers.
 
 A slow hop is a stage, too: a way that takes longer than the period to send is masked. `tightest` bisects the period,
@@ -102,11 +103,12 @@ class TwinKernel:
         """Any layout within both limits, and for "mixed" with the first token in time."""
         masked = _Masked(self, step, resident, slowest_s)
         found = masked.furthest()
-        if found is None or masked.is_in_time(found, around_s):
+        if found is not None and masked.is_in_time(found, around_s):
             return found
+        if found is None and not masked.has_gaps:
+            return None
         found = masked.soonest([(step, 1.0)])
-        assert found is not None
-        if found.around_s > around_s:
+        if found is None or found.around_s > around_s:
             return None
         return found if masked.is_in_time(found, around_s) else masked.both_in_time(around_s)
 
@@ -209,6 +211,12 @@ class _Masked:
             at: (options[at].room >= resident) & (seconds <= slowest_s)
             for at, seconds in kernel.stage_s(step).items()
         }
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether some pools have no way to each other that is fast enough."""
+        ways = (entry.hop for visit in self._graph.visits for entry in visit.entries)
+        return not self._graph.is_complete or not all(map(self._may_send, ways))
 
     def furthest(self) -> Fit | None:
         """A layout that places all layers, if one can."""

@@ -61,6 +61,8 @@ class Graph:
     inside: Hop
     """Between two stages of one pool."""
     has_all_orders: bool
+    is_complete: bool
+    """Whether all pools have a way to all others."""
 
 
 Hops = Sequence[Sequence[Hop | None]]
@@ -69,11 +71,14 @@ Hops = Sequence[Sequence[Hop | None]]
 
 def graph_of(classes: tuple[Class, ...], hops: Hops, inside: Hop) -> Graph:
     """All orders if they are few, else some."""
+    is_complete = None not in list(_possible(classes, hops))
     visits = _all_orders(classes, hops, inside)
     if visits is not None:
-        return Graph(classes=classes, visits=visits, inside=inside, has_all_orders=True)
+        return Graph(
+            classes=classes, visits=visits, inside=inside, has_all_orders=True, is_complete=is_complete
+        )
     visits = tuple(_some_orders(classes, hops, inside))
-    return Graph(classes=classes, visits=visits, inside=inside, has_all_orders=False)
+    return Graph(classes=classes, visits=visits, inside=inside, has_all_orders=False, is_complete=is_complete)
 
 
 _State = tuple[int, tuple[int, ...], int]

@@ -148,7 +148,7 @@ def _packed_option(tables: Tables, option: Option) -> list[float]:
 
 def _packed_graph(graph: Graph, options: Sequence[dict[int, int]]) -> tuple[bytes, bytes]:
     """What `layout.graph` takes."""
-    counts, figures = [len(graph.visits)], _packed_hop(graph.inside)
+    counts, figures = [len(graph.visits), graph.is_complete], _packed_hop(graph.inside)
     for visit in graph.visits:
         found = graph.classes[visit.cls]
         usable = [at for tp, at in options[found.kind].items() if tp <= found.n_devices]

@@ -71,6 +71,15 @@ def test_the_best_layout_is_that_of_trying_everything(first: int) -> None:
     assert n_found >= 40
 
 
+def test_a_pool_with_no_way_past_it_gets_a_layer_though_others_could_hold_more() -> None:
+    scene = random_scene(1951)
+    for layouts in (scene.layouts(), _twin(scene)):
+        layout = layouts.best(whole(scene.pools), "prefill")
+        assert layout is not None
+        assert [part.pool for part in layout.parts] == [2, 1, 0]
+        assert layout.requests_per_s == pytest.approx(brute_rate(scene, "prefill"), rel=1e-8)
+
+
 def test_the_quickest_layout_is_that_of_trying_everything() -> None:
     for seed in range(30):
         scene = replace_slo(random_scene(seed, most_devices=3, most_layers=5), Slo())
