@@ -179,8 +179,21 @@ class _Searcher:
 
     def _search(self, problem: Problem) -> Judged | None:
         budget_s = max(_LEAST_SEARCH_S, (self.deadline_s - self.clock()) / 2)
-        algorithm = "alone" if self.algorithm == "auto" and alone.suits(problem) else self.algorithm
-        return search(problem, algorithm, seed=_SEED, clock=self.clock, budget_s=budget_s).best
+        found = (
+            search(problem, algorithm, seed=_SEED, clock=self.clock, budget_s=budget_s).best
+            for algorithm in self._algorithms(problem)
+        )
+        return max(
+            (judged for judged in found if judged is not None),
+            key=lambda judged: judged.worth,
+            default=None,
+        )
+
+    def _algorithms(self, problem: Problem) -> tuple[str, ...]:
+        """Where nothing is handed over the portfolio has nothing to weigh, and would take its time over it."""
+        if self.algorithm != "auto" or problem.hands_over:
+            return (self.algorithm,)
+        return ("alone",) if alone.suits(problem) else ("greedy", "colocated")
 
 
 def _recognised(choice: Choice, present: Sequence[Present]) -> Choice:
