@@ -36,8 +36,8 @@ log = logging.getLogger("hexmesh.planning")
 
 FACTS_PATIENCE_S = 3.0
 """How long a plan waits for a host's devices and links before it does without them."""
-SEARCH_BUDGET_S = 5.0
-"""For one of a plan's searches; those of small meshes take a tenth of a second."""
+SEARCH_BUDGET_S = 6.0
+"""For a plan's searches together; those of small meshes take a tenth of a second."""
 MISFIT_RETRY_S = 30.0
 """A drain that found no room is tried again so often: a host in quarantine may have come back."""
 

@@ -41,7 +41,9 @@ KEEP_GAIN_AFTER_LOSS = 2.0
 LONG_CONTEXT_COST = 0.8
 """A layout with room for longer sequences is taken if it keeps this share of the best rate."""
 BUDGET_S = 60.0
-"""For one search, where the caller has a clock."""
+"""For all searches of a planning, where the caller has a clock."""
+_LEAST_SEARCH_S = 0.2
+"""What the last ones get in any case."""
 _MOST_TRIES = 9
 """Ways to keep some of the present replicas that are looked at."""
 _SEED = 0
@@ -89,7 +91,7 @@ def lay_out(
         algorithm=algorithm,
         keep_gain=keep_gain,
         tolerance=tolerance,
-        budget_s=budget_s,
+        deadline_s=clock() + budget_s,
         clock=clock,
     )
     best = searcher.longest()
@@ -111,7 +113,7 @@ class _Searcher:
     algorithm: str
     keep_gain: float
     tolerance: float
-    budget_s: float
+    deadline_s: float
     clock: Callable[[], float]
 
     def longest(self) -> Choice | None:
@@ -141,6 +143,8 @@ class _Searcher:
         """A draft with present replicas as they are, all or all but one, if it is about as good as `best`."""
         tries = [list(present), *([one for one in present if one is not left] for left in present)]
         for kept in tries[:_MOST_TRIES] if present else []:
+            if kept is not tries[0] and self.clock() >= self.deadline_s:
+                break
             choice = self._around(best, kept) if kept else None
             if (
                 choice is not None
@@ -174,8 +178,22 @@ class _Searcher:
         return evened(problem, spread(problem, judged, self.tolerance), self.tolerance)
 
     def _search(self, problem: Problem) -> Judged | None:
-        algorithm = "alone" if self.algorithm == "auto" and alone.suits(problem) else self.algorithm
-        return search(problem, algorithm, seed=_SEED, clock=self.clock, budget_s=self.budget_s).best
+        budget_s = max(_LEAST_SEARCH_S, (self.deadline_s - self.clock()) / 2)
+        found = (
+            search(problem, algorithm, seed=_SEED, clock=self.clock, budget_s=budget_s).best
+            for algorithm in self._algorithms(problem)
+        )
+        return max(
+            (judged for judged in found if judged is not None),
+            key=lambda judged: judged.worth,
+            default=None,
+        )
+
+    def _algorithms(self, problem: Problem) -> tuple[str, ...]:
+        """Where nothing is handed over the portfolio has nothing to weigh, and would take its time over it."""
+        if self.algorithm != "auto" or problem.hands_over:
+            return (self.algorithm,)
+        return ("alone",) if alone.suits(problem) else ("greedy", "colocated")
 
 
 def _recognised(choice: Choice, present: Sequence[Present]) -> Choice:
