@@ -158,11 +158,12 @@ class Listed:
             before, prices = prices.worth, self._priced()
             idle = 0 if prices.worth > before * (1 + LEAST_GAIN) else idle + 1
             if idle == PATIENCE or not chosen:
+                waiting.clear()
                 return
 
     @cached_property
     def _waiting(self) -> dict[Team, None]:
-        """Teams over several hosts that were not laid out yet."""
+        """Teams over several hosts that were not laid out yet; none once the linear program stopped gaining."""
         return dict.fromkeys(self.stock.teams_across())
 
     def _worth_the_work(self, teams: Sequence[Team]) -> Sequence[Team]:
