@@ -40,7 +40,7 @@ MAX_COLUMNS = 400
 """In the integer program."""
 FEW_COLUMNS = 60
 """So many may hand over in part on their hosts; more are counted coarsely."""
-ROUNDS = 8
+ROUNDS = 4
 TEAMS_A_ROUND = 24
 WORK_A_ROUND = 150_000
 """Of layouts, as in `_work`: a few seconds."""
@@ -57,7 +57,7 @@ ACROSS_SITES = 0.7
 """What of its promise a team over several sites keeps."""
 LEAST_GAIN = 1e-3
 """Of the linear program by a round: what keeps it going."""
-PATIENCE = 3
+PATIENCE = 2
 """Rounds without it."""
 MOST_PACKINGS = 2000
 STRIPED_WEIGHTS = 12.0
@@ -75,12 +75,14 @@ def search(run: Run) -> None:
     listed = Listed(problem=run.problem)
     target = objective.requests_per_s if isinstance(objective, LeastCost) else None
     bound = fluid_bound(run.problem.cluster, run.problem.capacities, run.problem.roles)
-    for grow in (listed.add_inside, listed.add_patterns, listed.add_across, listed.add_striped):
+    steps = listed.add_inside, listed.add_patterns, listed.add_across, listed.add_striped, listed.add_across
+    for grow in steps:
+        n_before = len(listed.bundles)
         grow(run)
         served = 0.0 if run.best is None else run.best.flow.requests_per_s
         if run.is_over or (target is None and served >= bound * (1 - GOOD_ENOUGH)):
             break
-        if listed.promises_more_than(served):
+        if len(listed.bundles) > n_before and listed.promises_more_than(served):
             chosen = listed.draft(None, _left_s(run))
             run.offer(chosen, "columns")
             run.offer(best_roles(run.problem, [team_of(layout.parts) for layout in chosen]), "columns")
@@ -144,7 +146,7 @@ class Listed:
 
     def add_across(self, run: Run) -> None:
         """Replicas over several hosts, a few at a time, as long as the linear program gains by them."""
-        waiting = dict.fromkeys(self.stock.teams_across())
+        waiting = self._waiting
         idle, prices = 0, self._priced()
         for _ in range(ROUNDS):
             chosen = self._worth_the_work(self._promising(waiting, prices))
@@ -156,7 +158,13 @@ class Listed:
             before, prices = prices.worth, self._priced()
             idle = 0 if prices.worth > before * (1 + LEAST_GAIN) else idle + 1
             if idle == PATIENCE or not chosen:
+                waiting.clear()
                 return
+
+    @cached_property
+    def _waiting(self) -> dict[Team, None]:
+        """Teams over several hosts that were not laid out yet; none once the linear program stopped gaining."""
+        return dict.fromkeys(self.stock.teams_across())
 
     def _worth_the_work(self, teams: Sequence[Team]) -> Sequence[Team]:
         """The first of them, as many as a round may lay out."""
