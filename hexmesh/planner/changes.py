@@ -51,7 +51,7 @@ class Changes:
     def draw(self, nearby: Nearby, rng: random.Random) -> Change | None:
         """One of all kinds of moves."""
         if not self._teams:
-            return None
+            return self._taken_up(nearby, rng)
         (move,) = rng.choices(_MOVES, _WEIGHTS)
         return move(self, nearby, rng)
 
@@ -88,7 +88,7 @@ class Changes:
         b = self._owner(nearby.of(pool, rng), rng)
         if a == b or SPARE in (a, b):
             return None
-        role = rng.choice((self._teams[a][1], self._teams[b][1]))
+        role = self._role_near(self._teams[a][1], rng, 0.5)
         return Change((a, b), ((joined(self._team(a), self._team(b)), role),))
 
     def _split(self, nearby: Nearby, rng: random.Random) -> Change | None:
@@ -161,6 +161,21 @@ class Changes:
             return Change((), ((team, rng.choice(self._roles)),))
         return self._change((at,), (joined(self._team(at), taken),), rng)
 
+    def _replaced(self, nearby: Nearby, rng: random.Random) -> Change | None:
+        """A team makes way for one of the spare devices of a host, a site or everywhere."""
+        if not self._spare:
+            return None
+        around = nearby.around(pool_of_any(self._spare, rng), rng)
+        team = tuple((pool, n) for pool, n in self._spare if pool in around)
+        return Change((rng.randrange(len(self._teams)),), ((team, rng.choice(self._roles)),))
+
+    def _emptied(self, nearby: Nearby, rng: random.Random) -> Change | None:
+        """A host, or a site, is left by all teams."""
+        left = nearby.around(pool_of_any(nearby.whole, rng), rng)
+        gone = [at for at, (team, _) in enumerate(self._teams) if any(pool in left for pool, _ in team)]
+        kept = [(tuple(own for own in self._team(at) if own[0] not in left), at) for at in gone]
+        return Change(tuple(gone), tuple((team, self._teams[at][1]) for team, at in kept if team))
+
     def _change(self, at: tuple[int, ...], teams: tuple[Team, ...], rng: random.Random) -> Change:
         """Teams at `at` become `teams`; what is left of spare devices stays spare."""
         kept = [(n, team) for n, team in zip(at, teams, strict=True) if n != SPARE]
@@ -197,15 +212,20 @@ class Nearby:
         for at, pool in enumerate(pools):
             hosts[pool.node.id].append(at)
             sites[pool.node.site].append(at)
+        self._all = list(range(len(self.whole)))
         self._same_host = [hosts[pool.node.id] for pool in pools]
         self._same_site = [sites[pool.node.site] for pool in pools]
 
     def of(self, pool: int, rng: random.Random) -> int:
         """Another pool, or the same: other teams may have some of it."""
+        return rng.choice(self.around(pool, rng))
+
+    def around(self, pool: int, rng: random.Random) -> list[int]:
+        """All pools of its host, its site or everywhere."""
         drawn = rng.random()
         if drawn < SAME_HOST:
-            return rng.choice(self._same_host[pool])
-        return rng.choice(self._same_site[pool]) if drawn < SAME_SITE else rng.randrange(len(self.whole))
+            return self._same_host[pool]
+        return self._same_site[pool] if drawn < SAME_SITE else self._all
 
 
 _MOVES: tuple[Callable[[Changes, Nearby, random.Random], Change | None], ...] = (
@@ -218,5 +238,7 @@ _MOVES: tuple[Callable[[Changes, Nearby, random.Random], Change | None], ...] = 
     Changes._scattered,
     Changes._dropped,
     Changes._taken_up,
+    Changes._replaced,
+    Changes._emptied,
 )
-_WEIGHTS = (30, 20, 12, 10, 8, 6, 5, 4, 10)
+_WEIGHTS = (30, 20, 12, 10, 8, 6, 5, 4, 10, 4, 2)

@@ -19,6 +19,8 @@ from hexmesh.score.plan_score import kv_layer_bytes
 
 LARGEST_TEAM = 6
 """In multiples of the weights. Larger ones hardly ever win, and their layouts take longest."""
+ALWAYS_LAID_OUT = 8
+"""Devices that a team may have whatever it could hold."""
 MOST_KINDS = 4
 """Of pools in a team: those of a site with as many of the same device are one. More kinds take long and do not win."""
 
@@ -88,7 +90,9 @@ class Members:
 
     def _made(self, team: Team, role: Role) -> Member | None:
         room = room_bytes(team, self._problem.pools)
-        if not self._weight_bytes < room <= LARGEST_TEAM * self._weight_bytes:
+        if room <= self._weight_bytes:
+            return None
+        if room > LARGEST_TEAM * self._weight_bytes and sum(n for _, n in team) > ALWAYS_LAID_OUT:
             return None
         if len(team) > MOST_KINDS and len({(self._kinds[pool], n) for pool, n in team}) > MOST_KINDS:
             return None

@@ -28,6 +28,7 @@ from hexmesh.planner.moves import idle
 from hexmesh.planner.objective import WORTHLESS, Latency, LeastCost, Worth
 from hexmesh.planner.problem import Draft, Judged, Problem
 from hexmesh.planner.run import Run
+from hexmesh.score import fluid_bound
 
 NAME = "annealing"
 N_STARTS = 3
@@ -35,12 +36,14 @@ N_FINALISTS, N_ALIKE = 20, 2
 """Values whose states are judged exactly, and states of each."""
 STEPS, STEPS_PER_DEVICE = 500, 50
 """Of the first chains."""
+STEPS_PER_JUDGEMENT = 8
+"""Latencies are judged exactly in every step, which takes so much longer."""
 LEAST_GAIN = 1e-3
 """Of a chain that is followed by a longer one."""
 HOTTEST, COLDEST = 0.06, 0.002
 """Temperatures, as parts of what a team is worth on average at the start."""
-SHORTFALL = 20.0
-"""What serving nothing of a wanted rate costs, in multiples of the price of all hosts, or of the best latency."""
+SHORTFALL, SPENT = 5.0, 0.25
+"""What serving nothing of a wanted rate costs, and what the price of all hosts does, or the latency at the start."""
 GAIN = 0.002
 """In value, for a state to be judged on the way."""
 TIE = 1e-4
@@ -52,21 +55,22 @@ _STEPS_BETWEEN_LOOKS = 64
 def search(run: Run) -> None:
     """Improves on the best drafts of other searches, and on what serves now.
 
-    A short chain from each of the best; then from the best of all, each chain twice as long as the one before, until
+    A short chain from each of the best; then from the best of all, each chain as long as all before it together, until
     one brings nothing.
     """
     starts = _starts(run)
-    if run.best is None:
-        return
     members = Members(run.problem)
     values = _Values(run.problem, members, run.best)
     n_steps = STEPS + STEPS_PER_DEVICE * sum(pool.size for pool in run.problem.pools)
+    if isinstance(run.problem.objective, Latency):
+        n_steps //= STEPS_PER_JUDGEMENT
     for start in starts:
         _Chain(run, members, values, start).anneal(n_steps)
-    before = WORTHLESS
-    while not run.is_over and _gained(before, run.best.worth):
-        before, n_steps = run.best.worth, 2 * n_steps
+    n_steps, before = n_steps * len(starts), WORTHLESS
+    while run.best is not None and not run.is_over and _gained(before, run.best.worth):
+        before = run.best.worth
         _Chain(run, members, values, run.best.draft).anneal(n_steps)
+        n_steps *= 2
     if run.is_over:
         run.notes.append("annealing was cut off by time")
 
@@ -77,13 +81,13 @@ def _gained(before: Worth, after: Worth) -> bool:
 
 
 def _starts(run: Run) -> list[Draft]:
-    """Different ones, the best first; greedy's where nobody has one."""
+    """Different ones, the best first; greedy's where nobody has one, and nothing at all where that has none."""
     if run.current is not None:
         run.offer(run.current, "current")
     if run.best is None:
         greedy.search(run)
     best = sorted(run.best_by.values(), key=lambda judged: judged.worth, reverse=True)
-    return list(dict.fromkeys(judged.draft for judged in best))[:N_STARTS]
+    return list(dict.fromkeys(judged.draft for judged in best))[:N_STARTS] or [()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,12 +105,15 @@ class _Chain:
     def __init__(self, run: Run, members: Members, values: _Values, start: Draft) -> None:
         self._run, self._members, self._values = run, members, values
         self._nearby, self._finalists = Nearby(run.problem.pools), _Finalists()
-        self._move_to(self._solved(tuple(members.of_draft(start))))
+        own = members.of_draft(start)
+        if isinstance(run.problem.objective, Latency):
+            own = [members.of(member.team, member.role) or member for member in own]
+        self._move_to(self._solved(tuple(own)))
         self._offered = self._state.value
 
     def anneal(self, n_steps: int) -> None:
         """Metropolis steps; the temperature falls geometrically. The best states are judged in the end."""
-        coldest, hottest = (part / len(self._state.members) for part in (COLDEST, HOTTEST))
+        coldest, hottest = (part / max(1, len(self._state.members)) for part in (COLDEST, HOTTEST))
         for step in range(n_steps):
             if step % _STEPS_BETWEEN_LOOKS == 0:
                 self._offer_gains()
@@ -121,10 +128,10 @@ class _Chain:
 
     def _offer_gains(self) -> None:
         """What leads clearly is judged at once, so that the search may be stopped at any time."""
-        value, draft = self._finalists.best
-        if value > self._offered + GAIN:
-            self._offered = value
-            self._run.offer(draft, NAME)
+        leader = self._finalists.leader
+        if leader is not None and leader[0] > self._offered + GAIN:
+            self._offered = leader[0]
+            self._run.offer(leader[1], NAME)
 
     def _try(self, change: Change, least: float) -> None:
         """Go there if it is worth `least`."""
@@ -167,14 +174,18 @@ class _Chain:
         teams = [(member.team, member.role) for member in state.members]
         spare = idle(problem.whole, (team for team, _ in teams))
         self._state, self._changes = state, Changes(problem.pools, problem.roles, teams, spare)
-        self._finalists.add(state.value, draft_of(state.members))
+        if state.balanced.requests_per_s > 0:
+            self._finalists.add(state.value, draft_of(state.members))
 
 
 class _Values:
     """One number for a state, whatever the objective: 1 is about what the best draft at the start is worth."""
 
-    def __init__(self, problem: Problem, members: Members, best: Judged) -> None:
-        self._problem, self._members, self._best = problem, members, best
+    def __init__(self, problem: Problem, members: Members, best: Judged | None) -> None:
+        self._problem, self._members = problem, members
+        bound = fluid_bound(problem.cluster, problem.capacities, problem.roles)
+        self._rate = best.flow.requests_per_s if best is not None else bound or 1.0
+        self._latency_s = best.figures.latency_s if best is not None else 1.0
         self._whole_price = sum(node.price_per_h or 0.0 for node in problem.cluster.nodes) or 1.0
 
     def at_most(self, members: Sequence[Member], requests_per_s: float) -> float:
@@ -182,11 +193,11 @@ class _Values:
         match self._problem.objective:
             case LeastCost(wanted):
                 price = self._members.price_per_h(members) / self._whole_price
-                return SHORTFALL * min(1.0, requests_per_s / wanted) - price
+                return SHORTFALL * min(1.0, requests_per_s / wanted) - SPENT * price
             case Latency(wanted):
                 return SHORTFALL * min(1.0, requests_per_s / wanted)
             case _:
-                return requests_per_s / self._best.flow.requests_per_s
+                return requests_per_s / self._rate
 
     def of(self, members: Sequence[Member], requests_per_s: float) -> float:
         """If that is served."""
@@ -194,8 +205,10 @@ class _Values:
             case LeastCost(wanted):
                 return self.at_most(members, requests_per_s) + TIE * requests_per_s / wanted
             case Latency():
+                if requests_per_s <= 0:
+                    return -SHORTFALL
                 judged = self._problem.judge(draft_of(members))
-                late = judged.figures.latency_s / self._best.figures.latency_s
+                late = SPENT * judged.figures.latency_s / self._latency_s
                 return self.at_most(members, judged.flow.requests_per_s) - min(late, SHORTFALL)
             case _:
                 price = self._members.price_per_h(members) / self._whole_price
@@ -221,8 +234,10 @@ class _Finalists:
             alike.setdefault(frozenset(Counter(draft).items()), draft)
 
     @property
-    def best(self) -> tuple[float, Draft]:
-        """Value and draft."""
+    def leader(self) -> tuple[float, Draft] | None:
+        """Value and draft of the best so far."""
+        if not self._drafts:
+            return None
         value = max(self._drafts)
         return value, next(iter(self._drafts[value].values()))
 
