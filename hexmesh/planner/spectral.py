@@ -7,7 +7,7 @@ an eigenvector of the Laplacian may be taken constant on pools: the Laplacian of
 
 whose second eigenvector orders the pools (Fiedler). The order is cut where the memory's share is about right and the
 links cut are slowest on average, and each side again, until there are as many groups as asked for. Then devices of two
-groups change places while that brings more bandwidth inside groups; of Kernighan and Lin's passes, only swaps that gain.
+groups change places while that brings more bandwidth inside groups: of Kernighan and Lin's passes, the swaps that gain.
 """
 
 from __future__ import annotations

@@ -11,11 +11,7 @@ from hexmesh.sim import simulate
 from hexmesh.workload import PoissonArrivals
 from tools.bench.planner_fleets import Planned, plan_of, problem_of
 
-N_REQUESTS = 1_000
-"""At least; `LIVES` of every sequence that the plan holds at once if that is more."""
-LIVES = 2
-WARM_UP = 0.55
-"""Of the requests: more than one life, as the first sequences come without their prompts' work."""
+N_REQUESTS = 2_000
 SEEDS = (1, 2)
 """The second, where there is one class of workload to show it by, shows what the first is worth."""
 NOISE_SHOWN_BY = "HPLD"
@@ -70,15 +66,13 @@ def peak(planned: Planned, seed: int) -> Peak:
     """Simulate a cell's plan with its queues kept full."""
     cell = planned.cell
     problem = problem_of(cell.fleet, cell.workload, cell.model)
-    plan = plan_of(problem, planned)
     found = simulate(
-        plan,
+        plan_of(problem, planned),
         problem.cluster,
         problem.spec,
         problem.workload,
-        n_requests=max(N_REQUESTS, LIVES * sum(replica.predicted_batch for replica in plan.replicas)),
+        n_requests=N_REQUESTS,
         seed=seed,
-        warm_up=WARM_UP,
     )
     return Peak(
         of=cell.key,

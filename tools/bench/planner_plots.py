@@ -15,7 +15,7 @@ from tools.bench.planner_fleets import SPEED_FLEETS, Planned
 from tools.bench.planner_ratios import Results
 
 WIDTH = 9.0
-COLOURS = {"auto": "black", "columns": "tab:blue", "hexgen2": "tab:red", "genetic": "tab:green"}
+MARKS = "osD^vP*X<>phd"
 
 
 def draw(results: Results, folder: Path) -> None:
@@ -32,7 +32,7 @@ def _values(results: Results, path: Path) -> None:
             shares[one.cell.fleet].setdefault(one.cell.algorithm, []).append(1 - one.gap)
     fleets = list(shares)
     names = list(dict.fromkeys(name for fleet in fleets for name in shares[fleet]))
-    figure, axes = plt.subplots(figsize=(WIDTH, 1.2 + 0.4 * max(1, len(fleets))), layout="constrained")
+    figure, axes = plt.subplots(figsize=(WIDTH, max(3.6, 1.2 + 0.4 * len(fleets))), layout="constrained")
     for at, name in enumerate(names):
         points = [
             (statistics.fmean(shares[fleet][name]), row)
@@ -43,14 +43,14 @@ def _values(results: Results, path: Path) -> None:
             [x for x, _ in points],
             [y for _, y in points],
             label=name,
-            s=70 if name == "auto" else 28,
-            marker="|" if name == "auto" else "osD^vP*X<>"[at % 10],
-            color=COLOURS.get(name, f"C{at % 10}"),
+            s=220 if name == "auto" else 28,
+            marker="|" if name == "auto" else MARKS[at % len(MARKS)],
+            color="black" if name == "auto" else plt.colormaps["tab20"](at % 20),
             zorder=3 if name == "auto" else 2,
             alpha=1.0 if name == "auto" else 0.8,
         )
     axes.set_yticks(range(len(fleets)), fleets)
-    axes.invert_yaxis()
+    axes.set_ylim(len(fleets) - 0.5, -0.5)
     axes.set_xlim(0.0, 1.02)
     axes.set_xlabel("requests/s as a share of the fleet's bound (mean over classes and models)")
     axes.grid(axis="both", alpha=0.3)

@@ -44,8 +44,7 @@ class Sum:
         return sum(self.rate(team) for team in teams)
 
     def layout(self, team: Team) -> Layout | None:
-        may_be = bool(team) and self.problem.may_be(team, "mixed")
-        return self.problem.layouts.best(team, "mixed") if may_be else None
+        return self.problem.layouts.best(team, "mixed")
 
     def is_small(self, teams: Teams) -> bool:
         pools = self.problem.pools

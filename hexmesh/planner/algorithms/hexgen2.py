@@ -128,8 +128,6 @@ class Builder:
 
     def _layout(self, group: Group) -> Layout | None:
         layouts = self.problem.layouts
-        if not self.problem.may_be(group.team, group.phase):
-            return None
         if group.phase == "prefill" and self.prefills_at_once:
             return layouts.quickest(group.team, "prefill")
         return layouts.best(group.team, group.phase)

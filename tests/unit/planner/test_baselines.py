@@ -15,6 +15,7 @@ from hexmesh.planner.algorithms.helix import Placement
 from hexmesh.planner.algorithms.petals import Span, chains, swarm, throughputs
 from hexmesh.planner.finish import finish
 from hexmesh.planner.front import Found, search
+from hexmesh.planner.pools import ROLES
 from hexmesh.planner.problem import Problem
 from hexmesh.planner.servers import Server, servers_of
 from hexmesh.schedule.check import check_plan
@@ -91,23 +92,30 @@ def test_what_disaggregates_says_so_where_replicas_are_mixed(algorithm: str) -> 
     assert "not asked for" in found.notes[0]
 
 
-@pytest.mark.parametrize("algorithm", ALL)
-def test_hosts_do_only_what_they_may(algorithm: str) -> None:
-    """Of two like hosts one may not decode, and so may not be mixed."""
-    problem = named_problem("hexgen-16-a100")
+@pytest.mark.parametrize(
+    ("algorithm", "roles", "only"),
+    [
+        *product(ALL, [frozenset(ROLES)], ["prefill"]),
+        *product([*IN_PHASES, "uniform"], [STRICT], ["prefill", "decode"]),
+    ],
+)
+def test_hosts_do_only_what_they_may(algorithm: str, roles: frozenset[Role], only: Role) -> None:
+    """Of two like hosts one may do one phase alone, and so may not be mixed."""
+    problem = named_problem("hexgen-16-a100", roles=roles)
     first, second = problem.cluster.nodes
-    nodes = (msgspec.structs.replace(first, roles=("prefill",)), second)
+    nodes = (msgspec.structs.replace(first, roles=(only,)), second)
     limited = Problem(
         cluster=msgspec.structs.replace(problem.cluster, nodes=nodes),
         spec=problem.spec,
         dtype=problem.dtype,
         workload=problem.workload,
         objective=problem.objective,
+        roles=roles,
     )
     found = _found(limited, algorithm)
     for layout in () if found.best is None else found.best.draft:
         if any(limited.pools[part.pool].node.id == first.id for part in layout.parts):
-            assert layout.role == "prefill"
+            assert layout.role == only
     if algorithm in MIXED_ALONE:
         assert found.best is not None  # on the other host
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import numpy as np
 import pytest
@@ -80,6 +81,21 @@ def test_swaps_bring_bandwidth_inside_and_no_group_out_of_memory() -> None:
         assert _inside(graph, refined) >= _inside(graph, groups)
         for before, after in zip(groups @ memory, refined @ memory, strict=True):
             assert after >= min(before, least)
+
+
+def test_no_swap_is_left_that_gains() -> None:
+    rng = random.Random(4)
+    for _ in range(10):
+        graph = _graph(4, 3, 2)
+        devices = [pool for pool in range(4) for _ in range(3)]
+        rng.shuffle(devices)
+        groups = np.array([np.bincount(devices[at : at + 4], minlength=4) for at in range(0, 12, 4)])
+        refined = refine(graph, groups, 0.0)
+        for (g, a), (h, b) in product(zip(*np.nonzero(refined), strict=True), repeat=2):
+            swapped = refined.copy()
+            swapped[[g, h], [a, b]] -= 1
+            swapped[[g, h], [b, a]] += 1
+            assert g == h or _inside(graph, swapped) <= _inside(graph, refined) + 1e-9
 
 
 def test_swaps_find_the_hosts_again() -> None:
