@@ -15,6 +15,7 @@ from daemon.terminal.planning_inputs import chosen_dtype, load_fleet, load_model
 from daemon.terminal.search_progress import Watch, watching
 from daemon.views import PlanningView
 from hexmesh.cluster import Cluster, Role
+from hexmesh.cost import STEP_TOKENS
 from hexmesh.errors import InvalidInput
 from hexmesh.fleet import Fleet, Scenario, fleet_of, what_if
 from hexmesh.model_spec import ModelSpec
@@ -23,7 +24,7 @@ from hexmesh.planner.explanation import explain
 from hexmesh.planner.finish import finish
 from hexmesh.planner.front import ALGORITHMS, Found, search
 from hexmesh.planner.in_use import in_use
-from hexmesh.planner.objective import objective_named
+from hexmesh.planner.objective import Objective, objective_named
 from hexmesh.planner.plan_file import (
     VERSION,
     Compared,
@@ -36,6 +37,7 @@ from hexmesh.planner.plan_file import (
 )
 from hexmesh.planner.problem import Problem
 from hexmesh.planner.unmet import unmet, why_nothing
+from hexmesh.schedule.wish import Wish
 from hexmesh.workload import Workload
 
 ROLES: dict[str, frozenset[Role]] = {
@@ -77,6 +79,8 @@ class Subject:
     workload: Workload
     hosts: dict[str, int] = field(default_factory=dict)
     max_model_tokens: int
+    is_running: bool = False
+    """Whether daemons are to carry it out."""
 
 
 def from_file(asked: Asked) -> Subject:
@@ -117,6 +121,7 @@ def from_mesh(asked: Asked, client: Client) -> Subject:
         workload=view.workload if asked.workload is None else load_workload(asked.workload),
         hosts=view.hosts,
         max_model_tokens=view.max_model_tokens,
+        is_running=True,
     )
 
 
@@ -169,14 +174,33 @@ def _changed(subject: Subject, asked: Asked) -> tuple[Subject, WhatIfView]:
 
 
 def _problem(subject: Subject, asked: Asked) -> Problem:
+    objective = objective_named(asked.objective, subject.workload)
+    if subject.is_running:
+        return _running_problem(subject, asked, objective)
     return Problem(
         cluster=subject.cluster,
         spec=subject.spec,
         dtype=subject.dtype,
         workload=subject.workload,
-        objective=objective_named(asked.objective, subject.workload),
+        objective=objective,
         roles=ROLES[asked.roles],
     )
+
+
+def _running_problem(subject: Subject, asked: Asked, objective: Objective) -> Problem:
+    """What the coordinator would search: daemons batch so many sequences at most, and must hold a whole one."""
+    wish = Wish(
+        everywhere=subject.cluster,
+        hosts=subject.hosts or {node.id: 0 for node in subject.cluster.nodes},
+        spec=subject.spec,
+        dtype=subject.dtype,
+        workload=subject.workload,
+        objective=objective,
+        max_model_tokens=subject.max_model_tokens,
+        block_tokens=Problem.block_tokens,
+        step_tokens=STEP_TOKENS,
+    )
+    return replace(wish.problem(wish.floors[0]), roles=ROLES[asked.roles])
 
 
 def _search(problem: Problem, asked: Asked, algorithm: str) -> Found:
@@ -226,7 +250,7 @@ def _file(subject: Subject, problem: Problem, found: Found, asked: Asked) -> Pla
         spec=subject.spec,
         dtype=subject.dtype,
         objective=problem.objective.name,
-        workload=subject.workload,
+        workload=problem.workload,
         cluster=subject.cluster,
         plan=plan,
         figures=figures_of(problem, best),

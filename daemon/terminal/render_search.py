@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -190,15 +191,27 @@ def _rates(plan: Plan, total: float, name: str) -> tuple[float, float]:
 def _stages(
     replica: Replica, names: dict[str, str], kinds: dict[tuple[str, int], str], glyphs: Glyphs
 ) -> str:
-    shown = [_stage(stage, names, kinds) for stage in replica.stages[:_MAX_STAGES]]
-    more = len(replica.stages) - _MAX_STAGES
-    return f" {glyphs.arrow} ".join([*shown, *([f"{more} more"] if more > 0 else [])])
+    """In order; more than two like ones of a host that follow each other are counted."""
+
+    def look(stage: Stage) -> tuple[str, str, int]:
+        return stage.node, kinds[stage.node, stage.devices[0]], len(stage.devices)
+
+    shown = list[str]()
+    for (node, kind, tp), group in groupby(replica.stages, key=look):
+        same = list(group)
+        device = f"{names[node]}/{kind}"
+        if len(same) > 2:
+            last = _layers(same[-1], tp)
+            shown.append(f"{names[node]}/{len(same)} x {kind}[{_layers(same[0], tp)} ... {last}]")
+        else:
+            shown += [f"{device}[{_layers(stage, tp)}]" for stage in same]
+    more = len(shown) - _MAX_STAGES
+    return f" {glyphs.arrow} ".join(shown[:_MAX_STAGES] + [f"{more} more"] * (more > 0))
 
 
-def _stage(stage: Stage, names: dict[str, str], kinds: dict[tuple[str, int], str]) -> str:
+def _layers(stage: Stage, tp: int) -> str:
     layers = f"{stage.start}-{stage.stop - 1}" if stage.n_layers > 1 else f"{stage.start}"
-    parallel = f" TP{len(stage.devices)}" if len(stage.devices) > 1 else ""
-    return f"{names[stage.node]}/{kinds[stage.node, stage.devices[0]]}[{layers}{parallel}]"
+    return layers + (f" TP{tp}" if tp > 1 else "")
 
 
 def _unused_line(file: PlanFile, explanation: Explanation) -> Iterator[Text]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,7 +15,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch, Rectangle
 
 from daemon.terminal.plots.canvas import FAINT, INK, MUTED, PALETTE, PAPER, new_figure
 from hexmesh.cluster import Cluster, Node
-from hexmesh.plan import Plan, Stage
+from hexmesh.plan import Plan, Replica, Stage
 from hexmesh.planner.plan_file import PlanFile
 from hexmesh.units import show_bit_rate
 
@@ -214,9 +215,7 @@ def _pipelines(axes: Axes, plan: Plan, places: _Places, colours: Mapping[str, st
 
 def _handoffs(axes: Axes, plan: Plan, places: _Places) -> None:
     """KV from replica to replica, as wide as the share of the requests."""
-    middles = {
-        replica.id: _middle([_centre(places, stage) for stage in replica.stages]) for replica in plan.replicas
-    }
+    middles = {replica.id: _heart(places, replica) for replica in plan.replicas}
     for flow in plan.flows:
         if flow.src != flow.dst:
             _arrow(
@@ -232,6 +231,15 @@ def _arrow(
         linewidth=width, alpha=alpha, zorder=order, shrinkA=4, shrinkB=4,
     )  # fmt: skip
     axes.add_patch(arrow)
+
+
+def _heart(places: _Places, replica: Replica) -> Point:
+    """The middle of its stages on the host that holds most of it."""
+    layers = Counter[str]()
+    for stage in replica.stages:
+        layers[stage.node] += stage.n_layers
+    ((node, _),) = layers.most_common(1)
+    return _middle([_centre(places, stage) for stage in replica.stages if stage.node == node])
 
 
 def _centre(places: _Places, stage: Stage) -> Point:
