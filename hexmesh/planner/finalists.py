@@ -20,7 +20,10 @@ from hexmesh.workload import PoissonArrivals
 
 CLOSE = 0.03
 """How far below the best a draft's figure may be."""
-MAX_FINALISTS = 4
+OVERLAP = 0.3
+"""As far below may the best draft of mixed replicas be: the score adds what prompts and outputs take of a step, whose
+memory and arithmetic in truth overlap."""
+MAX_FINALISTS = 3
 N_REQUESTS = 2000
 TELLS = 0.01
 """What two runs of one plan differ by."""
@@ -78,18 +81,28 @@ def _arrivals(problem: Problem) -> PoissonArrivals | None:
 
 
 def _finalists(run: Run) -> list[tuple[Judged, str]]:
-    """Different drafts about as good as the best, the best first."""
+    """Different drafts about as good as the best, the best first, and the best of those that hand nothing over."""
+    if run.best is None:
+        return []
+    best = run.best.worth
     ranked = sorted(run.best_by.items(), key=lambda item: item[1].worth, reverse=True)
-    found = dict[object, tuple[Judged, str]]()
-    for by, judged in ranked:
-        if run.best is not None and _is_close(judged.worth, run.best.worth):
-            found.setdefault(judged.draft, (judged, by))
-    return list(found.values())[:MAX_FINALISTS]
+    drafts = {judged.draft: (judged, by) for by, judged in reversed(ranked)}
+    close = [one for one in drafts.values() if _is_close(one[0].worth, best, CLOSE)][::-1]
+    together = [
+        one
+        for one in drafts.values()
+        if one not in close and _hands_nothing_over(one[0]) and _is_close(one[0].worth, best, OVERLAP)
+    ][::-1]
+    return [*close[:MAX_FINALISTS], *together[:1]]
 
 
-def _is_close(worth: Worth, best: Worth) -> bool:
+def _hands_nothing_over(judged: Judged) -> bool:
+    return all(layout.role == "mixed" for layout in judged.draft)
+
+
+def _is_close(worth: Worth, best: Worth, share: float) -> bool:
     """In both of the figures that decide."""
-    return all(a >= b - CLOSE * abs(b) for a, b in zip(worth[:2], best[:2], strict=True))
+    return all(a >= b - share * abs(b) for a, b in zip(worth[:2], best[:2], strict=True))
 
 
 def _is_clearly_better(worth: Worth, than: Worth) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from hexmesh.planner.algorithms import annealing, columns, exhaustive, genetic, greedy, hexgen2
+from hexmesh.planner.algorithms import annealing, colocated, columns, exhaustive, genetic, greedy, hexgen2
 from hexmesh.planner.align import align
 from hexmesh.planner.finalists import choose_finalist
 from hexmesh.planner.objective import Goodput, Throughput
@@ -61,6 +61,7 @@ def _searches(run: Run) -> Iterator[Callable[[Run], None]]:
     if n_devices <= PARTITION_DEVICES:
         yield hexgen2.search_widely
         yield genetic.search
+        yield colocated.search
     yield annealing.search
 
 
