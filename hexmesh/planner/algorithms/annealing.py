@@ -34,8 +34,8 @@ NAME = "annealing"
 N_STARTS = 3
 N_FINALISTS, N_ALIKE = 20, 2
 """Values whose states are judged exactly, and states of each."""
-STEPS, STEPS_PER_DEVICE = 500, 50
-"""Of the first chains."""
+STEPS, STEPS_PER_DEVICE, MOST_STEPS = 500, 50, 5000
+"""Of the first chains. In large fleets each step costs more, and there are other searches that gain more."""
 STEPS_PER_JUDGEMENT = 8
 """Latencies are judged exactly in every step, which takes so much longer."""
 LEAST_GAIN = 1e-3
@@ -61,7 +61,8 @@ def search(run: Run) -> None:
     starts = _starts(run)
     members = Members(run.problem)
     values = _Values(run.problem, members, run.best)
-    n_steps = STEPS + STEPS_PER_DEVICE * sum(pool.size for pool in run.problem.pools)
+    n_devices = sum(pool.size for pool in run.problem.pools)
+    n_steps = min(STEPS + STEPS_PER_DEVICE * n_devices, MOST_STEPS)
     if isinstance(run.problem.objective, Latency):
         n_steps //= STEPS_PER_JUDGEMENT
     for start in starts:

@@ -36,7 +36,7 @@ from hexmesh.planner.run import Run
 
 NAME = "genetic"
 POPULATION, N_OFFSPRING, N_GENERATIONS, TOURNAMENT = 100, 10, 300, 3
-PATIENCE = 60
+PATIENCE = 150
 """Generations without a fitter one after which the search ends."""
 MAX_REGIONS = 10
 LEAST_GAIN = 0.5
