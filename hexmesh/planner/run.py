@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from hexmesh.planner.problem import Draft, Judged, Problem
@@ -40,9 +41,12 @@ class Run:
     """What the person who asked should know of the search, such as that time cut it short."""
     n_judged: int = 0
     started_s: float = field(init=False)
+    ends_s: float = field(init=False)
+    """When what runs now must stop, in seconds since the start."""
 
     def __post_init__(self) -> None:
         self.started_s = self.clock()
+        self.ends_s = self.budget_s
 
     @property
     def elapsed_s(self) -> float:
@@ -51,7 +55,22 @@ class Run:
     @property
     def is_over(self) -> bool:
         """Whether the time is used up."""
-        return self.elapsed_s >= self.budget_s
+        return self.elapsed_s >= self.ends_s
+
+    @property
+    def left_s(self) -> float:
+        """Of the time."""
+        return max(0.0, self.ends_s - self.elapsed_s)
+
+    @contextmanager
+    def slice(self, *, share: float = 1.0, until: float = 1.0) -> Iterator[None]:
+        """What runs inside has that share of the budget, and none after the share `until` of it."""
+        before = self.ends_s
+        self.ends_s = min(before, self.elapsed_s + share * self.budget_s, until * self.budget_s)
+        try:
+            yield
+        finally:
+            self.ends_s = before
 
     def offer(self, draft: Draft, by: str) -> Judged:
         """Judge a draft, and keep it if it is the best."""

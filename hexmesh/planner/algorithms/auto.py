@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 
 from hexmesh.planner.algorithms import annealing, colocated, columns, exhaustive, genetic, greedy, hexgen2
 from hexmesh.planner.align import align
+from hexmesh.planner.bounds import bound_for
 from hexmesh.planner.finalists import choose_finalist
 from hexmesh.planner.objective import Goodput, Throughput
+from hexmesh.planner.problem import Judged
 from hexmesh.planner.run import Run
-from hexmesh.score import fluid_bound
 
 EXACT_DEVICES = 8
 """So many are searched exhaustively."""
@@ -24,6 +25,10 @@ CLOSE = 0.995
 PARTITION_DEVICES = 128
 """HexGen-2's and HexGen's searches are worth their time up to so many."""
 N_ALIGNED = 3
+SEARCHED, ALIGNED = 0.7, 0.8
+"""Of the time, for searching and for aligning; the rest is for simulations."""
+COLUMNS, SLICE = 0.3, 0.1
+"""Of the time, for the first search and for each that only gives annealing other starts."""
 
 
 def search(run: Run) -> None:
@@ -46,26 +51,33 @@ def search_by_score(run: Run) -> None:
     greedy.search(run)
     if run.current is not None:
         run.offer(run.current, "current")
-    for one in _searches(run):
-        if run.is_over or _is_close_to_bound(run):
-            break
-        one(run)
-    for by, judged in sorted(run.best_by.items(), key=lambda item: item[1].worth, reverse=True)[:N_ALIGNED]:
-        if not run.is_over:
-            align(run, judged, by)
+    for one, share in _searches(run):
+        with run.slice(share=share, until=SEARCHED):
+            if run.is_over or _is_close_to_bound(run):
+                break
+            one(run)
+    with run.slice(until=ALIGNED):
+        for by, judged in _best(run, N_ALIGNED):
+            if not run.is_over:
+                align(run, judged, by)
 
 
-def _searches(run: Run) -> Iterator[Callable[[Run], None]]:
+def _searches(run: Run) -> Iterator[tuple[Callable[[Run], None], float]]:
+    """In order, with the share of the time that each may take."""
     n_devices = sum(pool.size for pool in run.problem.pools)
-    yield columns.search
+    yield columns.search, COLUMNS
     if n_devices <= PARTITION_DEVICES:
-        yield hexgen2.search_widely
-        yield genetic.search
-        yield colocated.search
-    yield annealing.search
+        yield hexgen2.search_widely, SLICE
+        yield colocated.search, SLICE
+        yield genetic.search, SLICE
+    yield annealing.search, 1.0
+
+
+def _best(run: Run, n: int) -> list[tuple[str, Judged]]:
+    return sorted(run.best_by.items(), key=lambda item: item[1].worth, reverse=True)[:n]
 
 
 def _is_close_to_bound(run: Run) -> bool:
     if run.best is None or not isinstance(run.problem.objective, Throughput | Goodput):
         return False
-    return run.best.flow.requests_per_s >= CLOSE * fluid_bound(run.problem.cluster, run.problem.capacities)
+    return run.best.flow.requests_per_s >= CLOSE * bound_for(run.problem)

@@ -92,7 +92,7 @@ def search(run: Run) -> None:
 
 def _left_s(run: Run) -> float:
     """What an integer program may take."""
-    return max(1.0, min(LIMIT_S, run.budget_s - run.elapsed_s))
+    return max(1.0, min(LIMIT_S, run.left_s))
 
 
 @dataclass(kw_only=True)

@@ -52,7 +52,7 @@ def search(run: Run) -> None:
     if len(placement.choices) > MAX_CHOICES:
         run.notes.append(f"helix is not tried: its program has {len(placement.choices)} choices")
         return
-    chains = placement.solve(max(1.0, run.budget_s - run.elapsed_s)) if placement.choices else []
+    chains = placement.solve(max(1.0, run.left_s)) if placement.choices else []
     layouts = (problem.layouts.rated(chain, "mixed") for chain in chains)
     draft = tuple(layout for layout in layouts if layout is not None)
     if draft:
