@@ -24,6 +24,7 @@ from hexmesh.planner.algorithms import (
     uniform,
 )
 from hexmesh.planner.bounds import bound_for
+from hexmesh.planner.naming import named_by_use
 from hexmesh.planner.objective import Goodput, Latency, LeastCost, Throughput
 from hexmesh.planner.problem import Draft, Judged, Problem
 from hexmesh.planner.run import Run, Step
@@ -77,13 +78,14 @@ def search(
         on_step=on_step,
     )
     _named(algorithm)(run)
+    best = None if run.best is None else named_by_use(problem, run.best)
     bound = bound_for(problem)
     return Found(
         algorithm=algorithm,
-        best=run.best,
+        best=best,
         bound_requests_per_s=fluid_bound(problem.cluster, problem.capacities, problem.roles),
         bound=bound,
-        gap=_gap(problem, run.best, bound),
+        gap=_gap(problem, best, bound),
         trace=tuple(run.trace),
         notes=tuple(run.notes),
         elapsed_s=run.elapsed_s,

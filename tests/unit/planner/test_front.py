@@ -15,6 +15,7 @@ from hexmesh.model_spec.known import known_config
 from hexmesh.planner.algorithms import auto
 from hexmesh.planner.finish import finish
 from hexmesh.planner.front import ALGORITHMS, Found, search
+from hexmesh.planner.naming import named_by_use
 from hexmesh.planner.objective import Goodput, Latency, LeastCost, Throughput, objective_named
 from hexmesh.planner.pools import team_of
 from hexmesh.planner.problem import Problem, takes_too_much
@@ -132,6 +133,21 @@ def test_what_serves_now_is_where_a_search_begins() -> None:
     run = Run(problem=problem, rng=random.Random(0), clock=lambda: 0.0, budget_s=0.0, current=(layout,))
     auto.search(run)
     assert run.best_by["current"].draft == (layout,)
+
+
+def test_replicas_are_called_what_they_do() -> None:
+    problem = _problem("hexgen2-1")
+    found = _search(problem, "columns").best
+    assert found is not None
+    done = [
+        (found.flow.prefill[f"r{at}"] > 0, found.flow.decode[f"r{at}"] > 0) for at in range(len(found.draft))
+    ]
+    says = {"mixed": (True, True), "prefill": (True, False), "decode": (False, True)}
+    assert done == [says[layout.role] for layout in found.draft]
+    both = tuple(problem.layouts.best(team, "mixed") for team in (((0, 2),), ((1, 6),)))
+    judged = problem.judge(tuple(layout for layout in both if layout is not None))
+    renamed = named_by_use(problem, judged)
+    assert renamed.worth >= judged.worth
 
 
 def test_a_name_that_is_no_algorithm_is_refused_with_those_that_are() -> None:
