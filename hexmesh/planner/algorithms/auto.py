@@ -1,9 +1,9 @@
 """The portfolio: every search in the order in which it pays, then an exact judgement of what they found.
 
-A valid plan comes first. Few devices are searched exhaustively, which ends it. Else replica columns give a good
-partition, HexGen-2's partition and HexGen's genetic search give others, annealing polishes the best, and cuts are
-aligned where KV crosses links. It stops early where the bound is reached. What the score cannot tell apart is
-simulated in the end.
+A valid plan comes first. Replica columns give a good partition, HexGen-2's partition and HexGen's genetic search give
+others, annealing polishes the best, and cuts are aligned where KV crosses links. It stops early where the bound is
+reached. Few devices are then searched exhaustively, from what was found; of many, what the score cannot tell apart is
+simulated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLUMNS, SLICE = 0.3, 0.1
 def search(run: Run) -> None:
     """The best of all searches."""
     if sum(pool.size for pool in run.problem.pools) <= EXACT_DEVICES:
-        greedy.search(run)
+        search_by_score(run)
         exhaustive.search(run)
     else:
         search_large(run)

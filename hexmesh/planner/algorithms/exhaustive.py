@@ -51,6 +51,8 @@ MOST_JUDGED = 20_000
 """Drafts that one search judges at most."""
 _BETTER = 1 + 1e-6
 """A bound must promise that much more to be looked into."""
+FIRST_LOOK = 2
+"""Drafts of one partition and its roles, in a first pass."""
 BY = "exhaustive"
 
 
@@ -83,6 +85,9 @@ class _Search:
     rate: float = 0.0
     """Of the best draft so far, or what one must exceed."""
     n_judged: int = 0
+    most_of_cell: int = MOST_JUDGED
+    """Drafts of one partition and its roles."""
+    left_of_cell: int = MOST_JUDGED
     layouts: EveryLayout = field(init=False)
     caps: HandoffCaps = field(init=False)
     teams: list[Team] = field(init=False)
@@ -99,6 +104,8 @@ class _Search:
         ]
         self.teams, self.choices = [team for team, _ in found], [choices for _, choices in found]
         self._caps = dict[tuple[int, Role, int, Role], Floats]()
+        if self.run.best is not None:
+            self.rate = self.run.best.flow.requests_per_s
 
     def search(self) -> None:
         """By objective."""
@@ -125,10 +132,12 @@ class _Search:
         return self.run.is_over or self.n_judged >= MOST_JUDGED
 
     def _fastest(self, nodes: Sequence[_Node]) -> None:
-        for node in sorted(nodes, key=lambda node: -node.bound):
-            if node.bound <= self.rate * _BETTER or self.is_over:
-                return
-            self._look_into(node)
+        """First a look at the most promising layouts of each partition, for a rate to beat; then at all."""
+        for self.most_of_cell in (FIRST_LOOK, MOST_JUDGED):
+            for node in sorted(nodes, key=lambda node: -node.bound):
+                if node.bound <= self.rate * _BETTER or self.is_over:
+                    break
+                self._look_into(node)
 
     def _cheapest(self, nodes: Sequence[_Node], wanted: float) -> None:
         """By rising price, the first that serve the rate; if none do, the fastest."""
@@ -227,6 +236,7 @@ class _Search:
         for bound, roles in sorted(every, key=lambda one: -one[0]):
             if bound <= self.rate * _BETTER or self.is_over:
                 return
+            self.left_of_cell = self.most_of_cell
             self._descend(_Cell(self, node.teams, roles), {})
 
     def _free_bound(self, teams: Sequence[int], roles: Sequence[Role]) -> float:
@@ -241,7 +251,7 @@ class _Search:
         at = next(at for at in cell.order if at not in chosen)
         bounds = cell.bounds(chosen, at)
         for layout in np.argsort(-bounds, kind="stable"):
-            if bounds[layout] <= self.rate * _BETTER or self.is_over:
+            if bounds[layout] <= self.rate * _BETTER or self.left_of_cell <= 0 or self.is_over:
                 return
             self._descend(cell, {**chosen, at: int(layout)})
 
@@ -249,6 +259,7 @@ class _Search:
         if draft is None:
             return
         self.n_judged += 1
+        self.left_of_cell -= 1
         judged = self.run.offer(draft, BY)
         self.rate = max(self.rate, judged.flow.requests_per_s)
 
