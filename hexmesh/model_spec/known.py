@@ -21,11 +21,17 @@ def _config(model_type: str, hidden: int, mlp: int, layers: int, heads: int, **m
 
 
 KNOWN: Mapping[str, Mapping[str, Any]] = {
-    "Llama-2-7B": _config("llama", 4096, 11008, 32, 32, vocab_size=32000),
-    "Llama-2-13B": _config("llama", 5120, 13824, 40, 40, vocab_size=32000),
-    "Llama-2-70B": _config("llama", 8192, 28672, 80, 64, num_key_value_heads=8, vocab_size=32000),
-    "Llama-3-8B": _config("llama", 4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
-    "Llama-3-70B": _config("llama", 8192, 28672, 80, 64, num_key_value_heads=8, vocab_size=128256),
+    "Llama-2-7B": _config("llama", 4096, 11008, 32, 32, vocab_size=32000, max_position_embeddings=4096),
+    "Llama-2-13B": _config("llama", 5120, 13824, 40, 40, vocab_size=32000, max_position_embeddings=4096),
+    "Llama-2-70B": _config(
+        "llama", 8192, 28672, 80, 64, num_key_value_heads=8, vocab_size=32000, max_position_embeddings=4096
+    ),
+    "Llama-3-8B": _config(
+        "llama", 4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192
+    ),
+    "Llama-3-70B": _config(
+        "llama", 8192, 28672, 80, 64, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192
+    ),
     "OPT-30B": {
         "model_type": "opt",
         "hidden_size": 7168,
@@ -34,8 +40,11 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 56,
         "vocab_size": 50272,
         "word_embed_proj_dim": 7168,
+        "max_position_embeddings": 2048,
     },
-    "Mixtral-8x7B": _config("mixtral", 4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=32000),
+    "Mixtral-8x7B": _config(
+        "mixtral", 4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=32000, max_position_embeddings=32768
+    ),
     "DeepSeek-V2-Lite": _config(
         "deepseek_v2",
         2048,
@@ -48,9 +57,18 @@ KNOWN: Mapping[str, Mapping[str, Any]] = {
         moe_intermediate_size=1408,
         num_experts_per_tok=6,
         vocab_size=102400,
+        max_position_embeddings=163840,
     ),
     "Qwen3-30B-A3B": _config(
-        "qwen3_moe", 2048, 6144, 48, 32, num_key_value_heads=4, head_dim=128, vocab_size=151936
+        "qwen3_moe",
+        2048,
+        6144,
+        48,
+        32,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=151936,
+        max_position_embeddings=40960,
     ),
     "Gemma-2-27B": _config("gemma2", 4608, 36864, 46, 32, num_key_value_heads=16, head_dim=128),
     "Gemma-3-27B": _config(
