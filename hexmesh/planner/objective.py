@@ -40,7 +40,7 @@ class Throughput:
 
     def worth(self, figures: Figures) -> Worth:
         """The rate, then the price, then the devices."""
-        return figures.requests_per_s, -figures.price_per_h, -figures.n_devices
+        return _by_rate(figures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class Goodput:
     keeps_limits = True
 
     def worth(self, figures: Figures) -> Worth:
-        """The rate (of layouts that keep the limits), then the price, then the devices."""
-        return figures.requests_per_s, -figures.price_per_h, -figures.n_devices
+        """The same, of layouts that keep the limits."""
+        return _by_rate(figures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,10 @@ OBJECTIVES = ("throughput", "goodput", "latency", "cost")
 
 ONE_AT_A_TIME = 1e-9
 """Requests per second that any plan serves: what the latency of a single request is asked at."""
+
+
+def _by_rate(figures: Figures) -> Worth:
+    return figures.requests_per_s, -figures.price_per_h, -figures.n_devices
 
 
 def objective_named(name: str, workload: Workload) -> Objective:
