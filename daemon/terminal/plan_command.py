@@ -165,7 +165,7 @@ def _changed(subject: Subject, asked: Asked) -> tuple[Subject, WhatIfView]:
     """The subject after the changes, and what held before. Both are planned as files say, so that they compare."""
     scenario = Scenario(subject.fleet, subject.workload, subject.dtype)
     after = what_if(scenario, asked.changes)
-    problem = _problem(replace(subject, cluster=scenario.cluster), asked)
+    problem = _problem(replace(subject, cluster=scenario.cluster, hosts={}), asked)
     found = _search(problem, asked, asked.algorithm)
     figures = None if found.best is None else figures_of(problem, found.best)
     view = WhatIfView(changes=tuple(asked.changes), before=figures, bound_before=found.bound_requests_per_s)

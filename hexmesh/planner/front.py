@@ -77,7 +77,9 @@ def search(
         current=current,
         on_step=on_step,
     )
-    _named(algorithm)(run)
+    asked = _named(algorithm)
+    if problem.pools:
+        asked(run)
     best = None if run.best is None else named_by_use(problem, run.best)
     bound = bound_for(problem)
     return Found(

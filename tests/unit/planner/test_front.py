@@ -7,7 +7,9 @@ import random
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from hexmesh.cluster import Role
 from hexmesh.errors import InvalidInput
 from hexmesh.fleet import cluster_of, read_fleet
 from hexmesh.model_spec import model_spec_from_config
@@ -17,7 +19,7 @@ from hexmesh.planner.finish import finish
 from hexmesh.planner.front import ALGORITHMS, Found, search
 from hexmesh.planner.naming import named_by_use
 from hexmesh.planner.objective import Goodput, Latency, LeastCost, Throughput, objective_named
-from hexmesh.planner.pools import team_of
+from hexmesh.planner.pools import ROLES, team_of
 from hexmesh.planner.problem import Problem, takes_too_much
 from hexmesh.planner.run import Run
 from hexmesh.schedule.check import check_plan
@@ -133,6 +135,24 @@ def test_what_serves_now_is_where_a_search_begins() -> None:
     run = Run(problem=problem, rng=random.Random(0), clock=lambda: 0.0, budget_s=0.0, current=(layout,))
     auto.search(run)
     assert run.best_by["current"].draft == (layout,)
+
+
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+@pytest.mark.parametrize("roles", [frozenset(ROLES), frozenset({"mixed"}), frozenset({"prefill", "decode"})])
+@pytest.mark.parametrize("budget_bytes", [None, 10**6])
+def test_where_nothing_fits_or_there_is_nothing_no_search_finds_or_breaks_anything(
+    algorithm: str, roles: frozenset[Role], budget_bytes: int | None
+) -> None:
+    cluster = small_fleets.cluster(random.Random(3), 3, 6)
+    nodes = tuple(
+        replace(node, devices=tuple(replace(device, budget_bytes=budget_bytes) for device in node.devices))
+        for node in cluster.nodes
+        if budget_bytes is not None
+    )
+    links = cluster.links if nodes else ()
+    problem = small_fleets.problem(replace(cluster, nodes=nodes, links=links, site_links=()), 6, roles=roles)
+    found = _search(problem, algorithm)
+    assert (found.best, found.gap) == (None, 1.0)
 
 
 def test_replicas_are_called_what_they_do() -> None:
