@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
@@ -33,4 +36,23 @@ def watching(name: str) -> Iterator[Watch]:
     console = new_console(sys.stderr)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield Watch(progress, progress.add_task(f"{name}: searching", total=None), name)
+        with _stdout_to_nowhere():
+            yield Watch(progress, progress.add_task(f"{name}: searching", total=None), name)
+
+
+@contextmanager
+def _stdout_to_nowhere() -> Iterator[None]:
+    """HiGHS prints a line of its debugging now and then, whatever it is asked for; it must not stand before our JSON.
+
+    It writes through C, so the descriptor is moved, and what C buffers is flushed before it comes back.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
