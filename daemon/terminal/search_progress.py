@@ -35,9 +35,9 @@ def watching(name: str) -> Iterator[Watch]:
     """Show the progress of one search on stderr; nothing where that is no terminal."""
     console = new_console(sys.stderr)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        with _stdout_to_nowhere():
-            yield Watch(progress, progress.add_task(f"{name}: searching", total=None), name)
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with shown as progress, _stdout_to_nowhere():
+        yield Watch(progress, progress.add_task(f"{name}: searching", total=None), name)
 
 
 @contextmanager
