@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import psutil
 
+from daemon.terminal.client import read_admin_key
 from daemon.terminal.local_mesh import LocalDaemon, LocalMesh
 from hexmesh.cluster import Node
 from hexmesh.sim import SimResult
 from hexmesh.workload import Workload
-from tools.bench.fidelity_asked import N_STREAMS, Client, StepCounter, Steps
+from tools.bench.fidelity_asked import N_STREAMS, Client, Met, StepCounter, Steps
 from tools.bench.fidelity_known import Known, known_of
 from tools.bench.models import make_m125
 from tools.bench.pipeline_mesh import SHARE_MIB, STOP_S
@@ -33,7 +35,7 @@ from tools.netlab.mesh import LabMesh
 from tools.netlab.user_namespace import become_able
 
 GOAL = 0.15
-FIT_S, ALONE_S, SATURATED_S, EASY_S = 75.0, 10.0, 24.0, 24.0
+FIT_S, ALONE_S, SATURATED_S, EASY_S = 70.0, 8.0, 18.0, 18.0
 EASY = 0.5
 """Of the saturated rate, where waiting is judged."""
 ONE_WAY_S = 0.020
@@ -81,74 +83,67 @@ def judge(report: Report, name: str, mesh: LocalMesh, client: Client) -> None:
     """Fit on one workload, then predict and measure the others."""
     progress(f"{name}: {len(known_of(mesh).stages)} stages; fitting for {FIT_S:.0f} s")
     client.saturate(FITTED, FIT_S)
-    known = _calibrated(mesh)
+    _calibrated(mesh)
+    known = _replanned(mesh)
     for stage in known.stages:
         span = f"layers {stage.start}-{stage.stop - 1}"
         report.notes.append(f"{name}, {span}: {_figures_of(known.cluster.node(stage.node))}")
     for what, workload in JUDGED.items():
-        judge_one(report, f"{name}, {what}", mesh, client, known, workload)
+        measured = measure(mesh, client, known, workload)
+        report.notes.append(f"{name}, {what}: load average {psutil.getloadavg()[0]:.1f}")
+        compare(report, f"{name}, {what}", workload, measured)
 
 
-def judge_one(
-    report: Report, where: str, mesh: LocalMesh, client: Client, known: Known, workload: Workload
-) -> None:
-    """All predictions of one workload, beside what it meets. The plan is the present one: corrected figures may bring
-    another, and then all is measured again."""
-    fitted, known = known, known_of(mesh).by_figures_of(known)
-    load = psutil.getloadavg()[0]
-    alone = client.one_by_one(workload, ALONE_S)
-    counter = StepCounter(_driver_of(mesh, known), len(known.stages))
-    full = client.saturate(workload, SATURATED_S)
-    steps = counter.steps()
-    easy = client.arrive(workload, EASY * full.output_tokens_per_s / workload.output_tokens, EASY_S)
-    if known_of(mesh).plan_id != known.plan_id:
-        report.notes.append(f"{where}: measured again, as the plan changed")
-        return judge_one(report, where, mesh, client, fitted, workload)
-    report.notes.append(
-        f"{where}: {known.spans}, load average {load:.1f} before, {psutil.getloadavg()[0]:.1f} after"
-    )
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What requests of one workload met, with the plan that they met."""
 
+    known: Known
+    alone: Met
+    full: Met
+    steps: Steps
+    """While it was full."""
+    easy: Met
+
+
+def measure(mesh: LocalMesh, client: Client, fitted: Known, workload: Workload) -> Measured:
+    """Again where the plan changes in between, as it may when figures were corrected."""
+    while True:
+        known = known_of(mesh).by_figures_of(fitted)
+        alone = client.one_by_one(workload, ALONE_S)
+        counter = StepCounter(_driver_of(mesh, known), len(known.stages))
+        full = client.saturate(workload, SATURATED_S)
+        steps = counter.steps()
+        easy = client.arrive(workload, EASY * full.output_tokens_per_s / workload.output_tokens, EASY_S)
+        if known_of(mesh).plan_id == known.plan_id:
+            return Measured(known, alone, full, steps, easy)
+        progress("  the plan changed: measured again")
+
+
+def compare(report: Report, where: str, workload: Workload, measured: Measured) -> None:
+    """All predictions of one workload, beside what it met."""
+    known = measured.known
     capacities, pipeline = known.capacities(workload), known.pipeline
-    simulated_full = known.simulated_full(workload)
-    simulated_alone = known.simulated_alone(workload)
-    simulated_easy = known.simulated_at(workload, easy.sent_s)
     rate = capacities.mixed(pipeline).requests_per_s
+    first_s, alone_s = capacities.prefill(pipeline).latency_s, capacities.token_alone_s(pipeline)
+    easy_s = capacities.tpot_at(pipeline, EASY * rate, computes_prompts=True)
+    full = known.simulated_full(workload)
     _compare(
         report,
         f"{where}, saturated: tokens/s",
-        full.output_tokens_per_s,
+        measured.full.output_tokens_per_s,
         score=rate * workload.output_tokens,
-        simulator=simulated_full.output_tokens_per_s,
+        simulator=full.output_tokens_per_s,
     )
-    _compare(
-        report,
-        f"{where}, alone: TTFT p50 in ms",
-        1e3 * alone.ttft_s,
-        score=1e3 * capacities.prefill(pipeline).latency_s,
-        simulator=1e3 * simulated_alone.ttft_s.p50,
-    )
-    _compare(
-        report,
-        f"{where}, alone: TPOT p50 in ms",
-        1e3 * alone.tpot_s,
-        score=1e3 * capacities.token_alone_s(pipeline),
-        simulator=1e3 * simulated_alone.tpot_s.p50,
-    )
-    _compare(
-        report,
-        f"{where}, half the rate: TTFT p50 in ms",
-        1e3 * easy.ttft_s,
-        score=1e3 * capacities.prefill(pipeline).latency_s,
-        simulator=1e3 * simulated_easy.ttft_s.p50,
-    )
-    _compare(
-        report,
-        f"{where}, half the rate: TPOT p50 in ms",
-        1e3 * easy.tpot_s,
-        score=1e3 * capacities.tpot_at(pipeline, EASY * rate, computes_prompts=True),
-        simulator=1e3 * simulated_easy.tpot_s.p50,
-    )
-    report.notes.append(f"{where}, saturated: {_told(steps, simulated_full)}")
+    for how, met, simulated, tpot_s in (
+        ("alone", measured.alone, known.simulated_alone(workload), alone_s),
+        ("half the rate", measured.easy, known.simulated_at(workload, measured.easy.sent_s), easy_s),
+    ):
+        ttfts = {"score": 1e3 * first_s, "simulator": 1e3 * simulated.ttft_s.p50}
+        tpots = {"score": 1e3 * tpot_s, "simulator": 1e3 * simulated.tpot_s.p50}
+        _compare(report, f"{where}, {how}: TTFT p50 in ms", 1e3 * met.ttft_s, **ttfts)
+        _compare(report, f"{where}, {how}: TPOT p50 in ms", 1e3 * met.tpot_s, **tpots)
+    report.notes.append(f"{where}, saturated, {known.spans}: {_told(measured.steps, full)}")
 
 
 def _told(steps: Steps, simulated: SimResult) -> str:
@@ -184,6 +179,22 @@ def _calibrated(mesh: LocalMesh) -> Known:
 
     found: Known = mesh.await_value(find, timeout_s=20, what="calibrated figures")
     return found
+
+
+def _replanned(mesh: LocalMesh) -> Known:
+    """The plan is made from the corrected figures now, rather than by itself when they have lasted for a minute."""
+    first = mesh.daemons[0]
+    epoch = first.get("/admin/topology")["epoch"]
+    first.client.post(
+        "/admin/replan", {"reason": "figures were corrected"}, key=read_admin_key(first.state_dir)
+    )
+    mesh.await_value(
+        lambda: first.get("/admin/topology")["epoch"] not in (None, epoch) or None,
+        timeout_s=60,
+        what="a plan from corrected figures",
+    )
+    mesh.await_ready()
+    return known_of(mesh)
 
 
 def _compare(report: Report, name: str, measured: float, *, score: float, simulator: float) -> None:
