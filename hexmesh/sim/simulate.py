@@ -7,7 +7,8 @@ rates of what happened in it.
 Without a rate as many are served as can be: whoever ends makes room for the next. Replicas begin with the sequences
 that they should hold by the plan's prediction, each somewhere in its output, so that no sequence's whole life must go
 by first; the window ends when `n_requests` have ended, and latencies are of those that ended in it and began in the
-run.
+run. Queues are kept full; with `n_at_once` so many requests are in the mesh instead, as when so many clients each ask
+again when they are answered.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def simulate(
     n_requests: int,
     seed: int,
     warm_up: float = 0.1,
+    n_at_once: int | None = None,
     failures: Sequence[Failure] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> SimResult:
@@ -88,6 +90,7 @@ def simulate(
         workload=workload,
         n_requests=n_requests,
         warm_up=warm_up,
+        n_at_once=n_at_once,
     )
     return Simulation(scenario, random.Random(seed), failures, progress).run()
 
@@ -110,6 +113,8 @@ class Scenario:
     workload: Workload
     n_requests: int
     warm_up: float
+    n_at_once: int | None = None
+    """Without a rate: clients that each wait for an answer. None: as many as keep the queues full."""
 
     @property
     def is_saturated(self) -> bool:
@@ -262,10 +267,12 @@ class Simulation:
         )
 
     def _fill(self) -> None:
-        """Replicas are at work, and their queues are full."""
-        rng = random.Random(self._rng.getrandbits(64))
+        """Replicas are at work, and their queues are full, or as many requests are there as shall be."""
+        rng, n_at_once = random.Random(self._rng.getrandbits(64)), self._scenario.n_at_once
         for replica in self._scenario.output_replicas:
             for resident in residents(replica, self._scenario.workload.drawn_lengths, rng):
+                if self._n_entered == n_at_once:
+                    return
                 self._n_entered += 1
                 flight = Flight(
                     key=str(self._n_entered),
@@ -276,7 +283,7 @@ class Simulation:
                     is_resident=True,
                 )
                 self._gateway.place(flight, replica.id, resident.n_emitted)
-        for _ in range(self._scenario.n_queued):
+        for _ in range(self._scenario.n_queued if n_at_once is None else n_at_once - self._n_entered):
             self._enter(next(self._requests))
 
     def _served(self, flight: Flight) -> None:

@@ -83,6 +83,16 @@ def test_one_request_alone_takes_the_time_of_its_steps_and_its_kv() -> None:
     assert found.requests_per_s == pytest.approx(1 / 1000.0)
 
 
+def test_so_many_requests_at_once_are_all_that_there_are() -> None:
+    plan, cluster = _plan(("h100", "a100"))
+    assert all(replica.predicted_batch > 10 for replica in plan.replicas)
+    workload = Workload.of(ConstantLengths(prompt=200, output=50))
+    found = simulate(plan, cluster, LLAMA_2_70B, workload, n_requests=400, seed=1, warm_up=0.2, n_at_once=10)
+    assert sum(replica.running_mean for replica in found.replicas) == pytest.approx(10, rel=0.05)
+    assert all(replica.running_max <= 10 for replica in found.replicas)
+    assert found.requests_per_s * found.end_to_end_s.mean == pytest.approx(10, rel=0.05)
+
+
 def test_the_seed_alone_decides() -> None:
     plan, cluster = _plan(("h100", "l40", "a100"), SPLIT)
     first, again, other = (
