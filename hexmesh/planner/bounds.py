@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hexmesh.planner.objective import Latency, LeastCost
 from hexmesh.planner.problem import Problem
-from hexmesh.score import fluid_bound, latency_bound, price_bound
+from hexmesh.score import latency_bound, price_bound
 
 
 def bound_for(problem: Problem) -> float:
@@ -15,4 +15,4 @@ def bound_for(problem: Problem) -> float:
         case Latency():
             return latency_bound(problem.cluster, problem.capacities)
         case _:
-            return fluid_bound(problem.cluster, problem.capacities, problem.roles)
+            return problem.bound_requests_per_s

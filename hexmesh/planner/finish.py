@@ -54,7 +54,7 @@ def _replica(
     for part in layout.parts:
         devices = tuple(free[part.pool][: part.tp])
         del free[part.pool][: part.tp]
-        stages.append(_stage(problem, part, devices, layout))
+        stages.append(stage_of(problem, part, devices, part_room_blocks(problem, part), layout))
     return Replica(
         id=name,
         role=layout.role,
@@ -76,16 +76,22 @@ def _sequences(problem: Problem, layout: Layout, requests_per_s: float) -> int:
     return max(1, int(min(most, requests_per_s * problem.workload.output_tokens * tpot_s)))
 
 
-def _stage(problem: Problem, part: Part, devices: tuple[int, ...], layout: Layout) -> Stage:
+def part_room_blocks(problem: Problem, part: Part) -> int:
+    """KV blocks that fit on each device of a part."""
+    device = problem.pools[part.pool].device
+    return problem.capacities.costs.room_blocks(part.start, part.stop, device, part.tp)
+
+
+def stage_of(problem: Problem, part: Part, devices: tuple[int, ...], kv_blocks: int, layout: Layout) -> Stage:
+    """A part of a layout on its devices."""
     costs, pool = problem.capacities.costs, problem.pools[part.pool]
-    blocks = costs.room_blocks(part.start, part.stop, pool.device, part.tp)
     return Stage(
         node=pool.node.id,
         devices=devices,
         start=part.start,
         stop=part.stop,
-        kv_blocks=blocks,
-        needed_bytes=costs.needed_bytes(part.start, part.stop, blocks, pool.device.kind, part.tp),
+        kv_blocks=kv_blocks,
+        needed_bytes=costs.needed_bytes(part.start, part.stop, kv_blocks, pool.device.kind, part.tp),
         room_bytes=pool.device.budget_bytes,
         predicted_step_s=problem.capacities.step_s(problem.seat(part), max(1.0, layout.batch)),
     )

@@ -28,7 +28,6 @@ from hexmesh.planner.naming import named_by_use
 from hexmesh.planner.objective import Goodput, Latency, LeastCost, Throughput
 from hexmesh.planner.problem import Draft, Judged, Problem
 from hexmesh.planner.run import Run, Step
-from hexmesh.score import fluid_bound
 
 Search = Callable[[Run], None]
 """Offers drafts to the run until it has no better ones or the time is over."""
@@ -85,7 +84,7 @@ def search(
     return Found(
         algorithm=algorithm,
         best=best,
-        bound_requests_per_s=fluid_bound(problem.cluster, problem.capacities, problem.roles),
+        bound_requests_per_s=problem.bound_requests_per_s,
         bound=bound,
         gap=_gap(problem, best, bound),
         trace=tuple(run.trace),

@@ -19,7 +19,15 @@ from hexmesh.plan import DtypeName
 from hexmesh.planner.layouts import Layout, Layouts
 from hexmesh.planner.objective import WORTHLESS, Figures, Latency, Objective, Worth, within
 from hexmesh.planner.pools import ROLES, Part, Pool, Team, pools_of, team_of
-from hexmesh.score import Capacities, FlowScore, ReplicaRates, Residency, best_flow, handoff_bytes
+from hexmesh.score import (
+    Capacities,
+    FlowScore,
+    ReplicaRates,
+    Residency,
+    best_flow,
+    fluid_bound,
+    handoff_bytes,
+)
 from hexmesh.score.alone import serve_alone
 from hexmesh.score.network import Network
 from hexmesh.score.pipeline import NOWHERE, Pipeline, Seat, group_like, hop_between
@@ -90,6 +98,16 @@ class Problem:
         """Links by (source, destination)."""
         return self.network.links
 
+    @cached_property
+    def bound_requests_per_s(self) -> float:
+        """No plan of any kind serves more, by this score."""
+        return fluid_bound(self.cluster, self.capacities, self.roles)
+
+    @cached_property
+    def _prices_per_h(self) -> dict[str, float]:
+        """Of hosts; those without a known price are free."""
+        return {pool.node.id: pool.node.price_per_h or 0.0 for pool in self.pools}
+
     @property
     def whole(self) -> Team:
         """All devices."""
@@ -103,12 +121,11 @@ class Problem:
         """What the draft is worth. It must not take more of a pool than there is."""
         flow = self.flow(self.rates(draft))
         latency_s = self.latency_s(draft, flow) if isinstance(self.objective, Latency) else 0.0
-        nodes = {pool.node.id: pool.node for pool in self.pools}
         used = {self.pools[part.pool].node.id for layout in draft for part in layout.parts}
         figures = Figures(
             requests_per_s=flow.requests_per_s,
             latency_s=latency_s,
-            price_per_h=sum(nodes[node].price_per_h or 0.0 for node in used),
+            price_per_h=sum(self._prices_per_h[node] for node in used),
             n_devices=sum(part.tp for layout in draft for part in layout.parts),
         )
         worth = self.objective.worth(figures) if flow.requests_per_s > 0 else WORTHLESS

@@ -73,16 +73,7 @@ class Stock:
 
     def bundle(self, layouts: tuple[Layout, ...]) -> Bundle:
         """Layouts with what they take, those of classes on the hosts that stand for them."""
-        taken, hosts = Counter[Hashable](), dict[str, int]()
-        for layout in layouts:
-            for pool, n in team_of(layout.parts):
-                node = self.problem.pools[pool].node.id
-                at = self._class_of[node]
-                if self.is_named(self.classes[at]):
-                    taken["pool", pool] += n
-                else:
-                    hosts[node] = at
-        taken.update(("class", at) for at in hosts.values())
+        taken, hosts = self._taken(team_of(layout.parts) for layout in layouts)
         return Bundle(
             layouts=layouts,
             takes=tuple(taken.items()),
@@ -92,16 +83,21 @@ class Stock:
 
     def takes(self, team: Team) -> Counter[Hashable]:
         """What a team takes."""
+        return self._taken([team])[0]
+
+    def _taken(self, teams: Iterable[Team]) -> tuple[Counter[Hashable], dict[str, int]]:
+        """What teams take together, and the hosts that stand for a class, with it."""
         taken, hosts = Counter[Hashable](), dict[str, int]()
-        for pool, n in team:
-            node = self.problem.pools[pool].node.id
-            at = self._class_of[node]
-            if self.is_named(self.classes[at]):
-                taken["pool", pool] += n
-            else:
-                hosts[node] = at
+        for team in teams:
+            for pool, n in team:
+                node = self.problem.pools[pool].node.id
+                at = self._class_of[node]
+                if self.is_named(self.classes[at]):
+                    taken["pool", pool] += n
+                else:
+                    hosts[node] = at
         taken.update(("class", at) for at in hosts.values())
-        return taken
+        return taken, hosts
 
     def realised(self, bundles: Sequence[Bundle], counts: Sequence[int]) -> Draft:
         """The bundles on hosts of their own."""

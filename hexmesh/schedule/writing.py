@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from hexmesh.plan import Flow, Plan, Replica, Stage, Unused
+from hexmesh.plan import Flow, Plan, Replica, Unused
+from hexmesh.planner.finish import part_room_blocks, stage_of
 from hexmesh.planner.layouts import Layout
-from hexmesh.planner.pools import Part
 from hexmesh.planner.problem import Judged, Problem
 from hexmesh.schedule.misfit import too_small, why_unusable
 from hexmesh.schedule.room import Place, room_blocks
@@ -108,36 +108,17 @@ def _replica(
     devices: Sequence[tuple[int, ...]],
     requests_per_s: float,
 ) -> Replica:
-    blocks = min(wish.max_blocks, *(_room(choice.problem, part) for part in layout.parts))
+    blocks = min(wish.max_blocks, *(part_room_blocks(choice.problem, part) for part in layout.parts))
     return Replica(
         id=name,
         role=layout.role,
         stages=tuple(
-            _stage(choice.problem, part, which, blocks, layout)
+            stage_of(choice.problem, part, which, blocks, layout)
             for part, which in zip(layout.parts, devices, strict=True)
         ),
         block_tokens=wish.block_tokens,
         predicted_tokens_per_s=requests_per_s * wish.asked.output_tokens,
         predicted_batch=max(1, int(layout.batch * layout.micro_batches)),
-    )
-
-
-def _room(problem: Problem, part: Part) -> int:
-    device = problem.pools[part.pool].device
-    return problem.capacities.costs.room_blocks(part.start, part.stop, device, part.tp)
-
-
-def _stage(problem: Problem, part: Part, devices: tuple[int, ...], blocks: int, layout: Layout) -> Stage:
-    costs, pool = problem.capacities.costs, problem.pools[part.pool]
-    return Stage(
-        node=pool.node.id,
-        devices=devices,
-        start=part.start,
-        stop=part.stop,
-        kv_blocks=blocks,
-        needed_bytes=costs.needed_bytes(part.start, part.stop, blocks, pool.device.kind, part.tp),
-        room_bytes=pool.device.budget_bytes,
-        predicted_step_s=problem.capacities.step_s(problem.seat(part), max(1.0, layout.batch)),
     )
 
 

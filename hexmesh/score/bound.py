@@ -65,11 +65,6 @@ def fluid_bound(cluster: Cluster, capacities: Capacities, roles: Set[Role] = fro
     return solution.worth
 
 
-def densities(cluster: Cluster, capacities: Capacities) -> list[tuple[int, Density]]:
-    """Of like devices of a host: how many, and what each of them gives at most."""
-    return [(pool.n_devices, pool.density) for pool in _pools(cluster, capacities, frozenset(ROLES))]
-
-
 def price_bound(
     cluster: Cluster, capacities: Capacities, requests_per_s: float, roles: Set[Role] = frozenset(ROLES)
 ) -> float:

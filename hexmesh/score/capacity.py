@@ -133,7 +133,7 @@ class Capacities:
 
     def decode(self, pipeline: Pipeline) -> Decode:
         """The best number and size of micro-batches for output tokens alone."""
-        batch, n, period_s = self._best(pipeline, _Step(self._decode_s, 1.0))
+        batch, n, period_s = self._best(pipeline, _Step(self.step_s, 1.0))
         rate = batch / period_s
         return Decode(
             tokens_per_s=rate,
@@ -160,7 +160,7 @@ class Capacities:
 
         Infinite where the rate is out of reach.
         """
-        step = self._mixed_step if computes_prompts else _Step(self._decode_s, 1.0)
+        step = self._mixed_step if computes_prompts else _Step(self.step_s, 1.0)
         tokens_per_s = requests_per_s * self.workload.output_tokens
 
         def shortest_s(n_sequences: float) -> float:
@@ -183,19 +183,19 @@ class Capacities:
         output = self.workload.output_tokens
 
         def step_s(seat: Seat, batch: float) -> float:
-            return self._decode_s(seat, batch) + batch / output * self._prefill_s(seat)
+            return self.step_s(seat, batch) + batch / output * self._prefill_s(seat)
 
         return _Step(step_s, 1.0 + self.workload.prompt_tokens / output)
 
     def token_alone_s(self, pipeline: Pipeline) -> float:
         """Seconds of an output token when its request is alone."""
-        return self._period_s(pipeline, _Step(self._decode_s, 1.0), 1.0, 1)
+        return self._period_s(pipeline, _Step(self.step_s, 1.0), 1.0, 1)
 
     def uses(self, pipeline: Pipeline, batch: float, n: int) -> Iterator[tuple[float, float]]:
         """As in `Mixed`, with n micro-batches of that size."""
         prompt, output = self.workload.prompt_tokens, self.workload.output_tokens
         prompts = [self._prefill_s(seat) for seat in pipeline.seats]
-        outputs = [self._decode_s(seat, batch) * output / batch for seat in pipeline.seats]
+        outputs = [self.step_s(seat, batch) * output / batch for seat in pipeline.seats]
         token_s = [hop.send_s(self.model.hidden_bytes) for hop in pipeline.hops]
         sends = [(prompt * send_s, output * send_s) for send_s in token_s]
         yield from zip(prompts, outputs, strict=True)
@@ -239,17 +239,14 @@ class Capacities:
         around_s = sum(steps) + sum(sends) + sum(hop.delay_s for hop in pipeline.hops) + pipeline.back.delay_s
         return max(*steps, *sends, around_s / n)
 
-    def step_s(self, seat: Seat, batch: float) -> float:
-        """A stage's time for a step in which `batch` sequences decode."""
-        return self._decode_s(seat, batch)
-
     def _prefill_s(self, seat: Seat) -> float:
         prompt = self.workload.prompt_tokens
         layers = self._kinds(seat)
         total_s = sum(n * self.model.prefill_layer_s(seat.group, layer, prompt) for layer, n in layers)
         return total_s + seat.group.step_s + self._head_s(seat, 1)
 
-    def _decode_s(self, seat: Seat, batch: float) -> float:
+    def step_s(self, seat: Seat, batch: float) -> float:
+        """A stage's time for a step in which `batch` sequences decode."""
         context = self.workload.mean_context
         layers = self._kinds(seat)
         total_s = sum(n * self.model.decode_layer_s(seat.group, layer, batch, context) for layer, n in layers)

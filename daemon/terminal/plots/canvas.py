@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from hexmesh.errors import InvalidInput
 
 INK, MUTED, FAINT, PAPER = "#1f2430", "#6b7280", "#e5e7eb", "#ffffff"
-ROLE_COLOURS = {"mixed": "#4c78a8", "prefill": "#e07b39", "decode": "#3a9d6e"}
 PALETTE = (
     *("#4c78a8", "#e07b39", "#3a9d6e", "#b55d8c", "#8268b0", "#c9a227", "#5aa9c4", "#a0624b"),
     *("#7a9a3c", "#d1605e", "#54698d", "#d49bb5", "#2f7f79", "#9c8ade", "#b8873b", "#708090"),

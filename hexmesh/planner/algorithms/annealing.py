@@ -28,7 +28,6 @@ from hexmesh.planner.moves import idle
 from hexmesh.planner.objective import WORTHLESS, Latency, LeastCost, Worth
 from hexmesh.planner.problem import Draft, Judged, Problem
 from hexmesh.planner.run import Run
-from hexmesh.score import fluid_bound
 
 NAME = "annealing"
 N_STARTS = 3
@@ -184,7 +183,7 @@ class _Values:
 
     def __init__(self, problem: Problem, members: Members, best: Judged | None) -> None:
         self._problem, self._members = problem, members
-        bound = fluid_bound(problem.cluster, problem.capacities, problem.roles)
+        bound = problem.bound_requests_per_s
         self._rate = best.flow.requests_per_s if best is not None else bound or 1.0
         self._latency_s = best.figures.latency_s if best is not None else 1.0
         self._whole_price = sum(node.price_per_h or 0.0 for node in problem.cluster.nodes) or 1.0

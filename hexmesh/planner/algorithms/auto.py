@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 
 from hexmesh.planner.algorithms import annealing, colocated, columns, exhaustive, genetic, greedy, hexgen2
 from hexmesh.planner.align import align
-from hexmesh.planner.bounds import bound_for
 from hexmesh.planner.finalists import choose_finalist
 from hexmesh.planner.objective import Goodput, Throughput
 from hexmesh.planner.problem import Judged
@@ -80,4 +79,4 @@ def _best(run: Run, n: int) -> list[tuple[str, Judged]]:
 def _is_close_to_bound(run: Run) -> bool:
     if run.best is None or not isinstance(run.problem.objective, Throughput | Goodput):
         return False
-    return run.best.flow.requests_per_s >= CLOSE * bound_for(run.problem)
+    return run.best.flow.requests_per_s >= CLOSE * run.problem.bound_requests_per_s

@@ -34,7 +34,6 @@ from hexmesh.planner.roles import best_roles, layouts_of
 from hexmesh.planner.run import Run
 from hexmesh.planner.stock import Stock
 from hexmesh.planner.striped import striped
-from hexmesh.score import fluid_bound
 
 MAX_COLUMNS = 400
 """In the integer program."""
@@ -74,7 +73,7 @@ def search(run: Run) -> None:
         return
     listed = Listed(problem=run.problem)
     target = objective.requests_per_s if isinstance(objective, LeastCost) else None
-    bound = fluid_bound(run.problem.cluster, run.problem.capacities, run.problem.roles)
+    bound = run.problem.bound_requests_per_s
     steps = listed.add_inside, listed.add_patterns, listed.add_across, listed.add_striped, listed.add_across
     for grow in steps:
         n_before = len(listed.bundles)

@@ -15,8 +15,7 @@ from hexmesh.native import load
 from hexmesh.planner import layout_kernel
 from hexmesh.planner.layouts import Layout, Layouts
 from hexmesh.planner.pools import ROLES, Part, Team, pools_of, team_of
-from hexmesh.score import Capacities
-from hexmesh.score.bound import densities
+from hexmesh.score import Capacities, density_of
 from hexmesh.workload import Slo, Workload
 from tools.bench.layout_groups import (
     Scene,
@@ -166,7 +165,10 @@ def test_no_rate_exceeds_what_the_devices_give_one_by_one() -> None:
     for seed in range(100):
         scene = random_scene(seed)
         layouts, team = scene.layouts(), whole(scene.pools)
-        bounds = densities(scene.cluster, scene.capacities)
+        bounds = [
+            (pool.size, density_of(pool.node, pool.device, pool.degrees, pool.roles, scene.capacities))
+            for pool in scene.pools
+        ]
         prefill = sum(n * density.prefill for n, density in bounds)
         decode = sum(n * density.decode for n, density in bounds)
         assert _rate(layouts.best(team, "prefill")) <= prefill * (1 + 1e-9)
