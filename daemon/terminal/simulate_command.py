@@ -18,9 +18,11 @@ from hexmesh.fleet import cluster_of
 from hexmesh.model_spec import ModelSpec
 from hexmesh.planner.plan_file import PlanFigures, PlanFile, read_plan_file
 from hexmesh.schedule.check import check_plan
-from hexmesh.sim import Failure, SimResult, simulate
+from hexmesh.sim import Failure, SimResult, n_to_settle, simulate
 from hexmesh.units import parse_duration_s
 from hexmesh.workload import Workload
+
+N_REQUESTS = 5000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,8 @@ class Scene:
     """None: the one that the plan was made for, as are the next two."""
     cluster: str | None = None
     model: str | None = None
-    n_requests: int = 5000
+    n_requests: int | None = None
+    """None: N_REQUESTS, and without a rate as many as it takes to settle."""
     seed: int = 0
     failures: Sequence[str] = ()
 
@@ -68,13 +71,16 @@ def simulation_of(scene: Scene) -> Simulation:
             f"{scene.plan} does not fit: {faults[0]}", next_step="plan anew for this cluster and model"
         )
     failures = [read_failure(text, cluster) for text in scene.failures]
+    n_requests = scene.n_requests or max(
+        N_REQUESTS, n_to_settle(file.plan) if workload.arrivals is None else 0
+    )
     with _watching() as progress:
         result = simulate(
             file.plan,
             cluster,
             spec,
             workload,
-            n_requests=scene.n_requests,
+            n_requests=n_requests,
             seed=scene.seed,
             failures=failures,
             progress=progress,
@@ -82,7 +88,7 @@ def simulation_of(scene: Scene) -> Simulation:
     return Simulation(
         model=file.model,
         workload=workload,
-        n_requests=scene.n_requests,
+        n_requests=n_requests,
         seed=scene.seed,
         failures=tuple(failures),
         predicted=file.figures,

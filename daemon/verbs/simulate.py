@@ -21,11 +21,9 @@ from daemon.verbs.options import flag, output_flag
 @flag("--model", "Run it with this model instead of its own.", verb="simulate", metavar="M")
 @flag(
     "--requests",
-    "How many requests.",
+    "How many requests. Default: 5000, and without a rate as many as it takes to settle.",
     verb="simulate",
     type=click.IntRange(2, 10_000_000),
-    default=5000,
-    show_default=True,
 )
 @flag(
     "--seed",
@@ -49,7 +47,7 @@ def simulate(
     workload: str | None,
     cluster: str | None,
     model: str | None,
-    requests: int,
+    requests: int | None,
     seed: int,
     fail: tuple[str, ...],
     plot: str | None,

@@ -7,24 +7,26 @@ as well within what the simulation can tell.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
+from hexmesh.plan import Plan
 from hexmesh.planner.finish import finish
 from hexmesh.planner.objective import ONE_AT_A_TIME, Figures, Goodput, Latency, Worth
 from hexmesh.planner.problem import Judged, Problem
 from hexmesh.planner.run import Run
-from hexmesh.sim import SimResult, simulate
+from hexmesh.sim import SimResult, n_to_settle, simulate
 from hexmesh.workload import PoissonArrivals
 
 CLOSE = 0.03
 """How far below the best a draft's figure may be."""
-OVERLAP = 0.3
-"""As far below may the best draft of mixed replicas be: the score adds what prompts and outputs take of a step, whose
-memory and arithmetic in truth overlap."""
 MAX_FINALISTS = 3
-N_REQUESTS = 2000
+MIN_REQUESTS, MAX_REQUESTS = 2_000, 12_000
+"""Simulated for a draft. Where drafts hold so many sequences that the rate would not settle, the score decides."""
+TOKEN_S = 12e-6
+"""Of an output token, simulated: what does not fit into the time that is left is not begun."""
 TELLS = 0.01
 """What two runs of one plan differ by."""
 
@@ -39,23 +41,25 @@ class Trial:
     worth: Worth
 
 
-def choose_finalist(run: Run, *, seed: int) -> tuple[Trial, ...]:
-    """Simulates the best drafts and makes the winner the run's best; the trials, the score's favourite first."""
-    trials = tuple(_tried(run.problem, judged, by, seed) for judged, by in _finalists(run) if not run.is_over)
-    if len(trials) > 1:
-        winner = max(trials, key=lambda trial: trial.worth)
-        if _is_clearly_better(winner.worth, trials[0].worth):
-            run.best = winner.judged
-            run.notes.append(
-                f"the draft of {winner.by} did better in simulation than the score's favourite, of {trials[0].by}: "
-                f"{winner.result.requests_per_s:.4g} against {trials[0].result.requests_per_s:.4g} requests/s"
-            )
-    return trials
+def choose_finalist(run: Run, *, seed: int) -> None:
+    """Simulates the best drafts and makes the winner the run's best."""
+    drafts = _finalists(run)
+    while len(drafts) > 1 and not (results := _simulated(run, [judged for judged, _ in drafts], seed)):
+        drafts = drafts[:-1]
+    if len(drafts) < 2:
+        return
+    trials = [_trial(run.problem, *draft, result) for draft, result in zip(drafts, results, strict=True)]
+    winner = max(trials, key=lambda trial: trial.worth)
+    if _is_clearly_better(winner.worth, trials[0].worth):
+        run.best = winner.judged
+        run.notes.append(
+            f"the draft of {winner.by} did better in simulation than the score's favourite, of {trials[0].by}: "
+            f"{winner.result.requests_per_s:.4g} against {trials[0].result.requests_per_s:.4g} requests/s"
+        )
 
 
-def simulated(problem: Problem, judged: Judged, *, seed: int, n_requests: int = N_REQUESTS) -> SimResult:
-    """A draft at its highest rate; for the latency objective at the rate that is asked for."""
-    plan = finish(
+def _plan(problem: Problem, judged: Judged) -> Plan:
+    return finish(
         problem,
         judged,
         model_id="",
@@ -63,14 +67,11 @@ def simulated(problem: Problem, judged: Judged, *, seed: int, n_requests: int = 
         max_model_tokens=problem.spec.max_position_tokens,
         hosts={node.id: 0 for node in problem.cluster.nodes},
     )
-    return simulate(
-        plan,
-        problem.cluster,
-        problem.spec,
-        replace(problem.workload, arrivals=_arrivals(problem)),
-        n_requests=n_requests,
-        seed=seed,
-    )
+
+
+def _n_requests(problem: Problem, plan: Plan) -> int:
+    """That a draft is simulated for."""
+    return max(MIN_REQUESTS, n_to_settle(plan) if _arrivals(problem) is None else 0)
 
 
 def _arrivals(problem: Problem) -> PoissonArrivals | None:
@@ -81,28 +82,19 @@ def _arrivals(problem: Problem) -> PoissonArrivals | None:
 
 
 def _finalists(run: Run) -> list[tuple[Judged, str]]:
-    """Different drafts about as good as the best, the best first, and the best of those that hand nothing over."""
+    """Different drafts about as good as the best, the best first."""
     if run.best is None:
         return []
     best = run.best.worth
     ranked = sorted(run.best_by.items(), key=lambda item: item[1].worth, reverse=True)
     drafts = {judged.draft: (judged, by) for by, judged in reversed(ranked)}
-    close = [one for one in drafts.values() if _is_close(one[0].worth, best, CLOSE)][::-1]
-    together = [
-        one
-        for one in drafts.values()
-        if one not in close and _hands_nothing_over(one[0]) and _is_close(one[0].worth, best, OVERLAP)
-    ][::-1]
-    return [*close[:MAX_FINALISTS], *together[:1]]
+    close = [one for one in drafts.values() if _is_close(one[0].worth, best)]
+    return close[::-1][:MAX_FINALISTS]
 
 
-def _hands_nothing_over(judged: Judged) -> bool:
-    return all(layout.role == "mixed" for layout in judged.draft)
-
-
-def _is_close(worth: Worth, best: Worth, share: float) -> bool:
+def _is_close(worth: Worth, best: Worth) -> bool:
     """In both of the figures that decide."""
-    return all(a >= b - share * abs(b) for a, b in zip(worth[:2], best[:2], strict=True))
+    return all(a >= b - CLOSE * abs(b) for a, b in zip(worth[:2], best[:2], strict=True))
 
 
 def _is_clearly_better(worth: Worth, than: Worth) -> bool:
@@ -110,8 +102,24 @@ def _is_clearly_better(worth: Worth, than: Worth) -> bool:
     return first > other or (abs(first) <= other and worth[1] > than[1] + TELLS * abs(than[1]))
 
 
-def _tried(problem: Problem, judged: Judged, by: str, seed: int) -> Trial:
-    result = simulated(problem, judged, seed=seed)
+def _simulated(run: Run, drafts: Sequence[Judged], seed: int) -> list[SimResult]:
+    """Each at its highest rate, for the latency objective at the rate that is asked for. None if it takes too long."""
+    problem = run.problem
+    plans = [_plan(problem, judged) for judged in drafts]
+    n_requests = [_n_requests(problem, plan) for plan in plans]
+    if (
+        max(n_requests) > MAX_REQUESTS
+        or sum(n_requests) * problem.workload.output_tokens * TOKEN_S > run.left_s
+    ):
+        return []
+    workload = replace(problem.workload, arrivals=_arrivals(problem))
+    return [
+        simulate(plan, problem.cluster, problem.spec, workload, n_requests=n, seed=seed)
+        for plan, n in zip(plans, n_requests, strict=True)
+    ]
+
+
+def _trial(problem: Problem, judged: Judged, by: str, result: SimResult) -> Trial:
     is_in_time = isinstance(problem.objective, Goodput)
     figures = Figures(
         requests_per_s=result.goodput_requests_per_s if is_in_time else result.requests_per_s,

@@ -28,9 +28,12 @@ from hexmesh.serving.prefix import PrefixChain, first_link
 from hexmesh.serving.sequence import Sequence
 from hexmesh.serving.shares import prompt_shares
 from hexmesh.serving.turnover import Turnover
-from hexmesh.wire.data import FinishReason, SampledToken
+from hexmesh.wire.data import MAX_STEP_ROWS, FinishReason, SampledToken
 
 __all__ = ["BatchLimits", "Batcher", "Emission", "MicroBatch", "ScheduledRow"]
+
+MAX_DECODE_ROWS = MAX_STEP_ROWS * 3 // 4
+"""Of a step; there is room for some prompts beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +188,11 @@ class Batcher:
         None with nothing in flight and work left means that other users of the pool hold its blocks.
         """
         self.pool.end_leases(now_s)
-        rows = self._decode_rows(-(-self.n_decoding // n_groups))
+        rows = self._decode_rows(min(-(-self.n_decoding // n_groups), MAX_DECODE_ROWS))
         self._take_up()
         n_decode_tokens = sum(row.n_tokens for row in rows)
         n_left = max(self.limits.step_tokens - n_decode_tokens, self.limits.step_tokens // 4, 1)
-        rows += self._prompt_rows(n_left)
+        rows += self._prompt_rows(n_left, MAX_STEP_ROWS - len(rows))
         if not rows:
             return None
         self._last_step += 1
@@ -382,12 +385,12 @@ class Batcher:
             else:
                 self._prefilling[sequence] = None
 
-    def _prompt_rows(self, n_left: int) -> list[ScheduledRow]:
+    def _prompt_rows(self, n_left: int, most: int) -> list[ScheduledRow]:
         if not self._prefilling:
             return []
         prompts = [sequence for sequence in self._prefilling if sequence.n_to_schedule]
         rows = []
-        for sequence, n_tokens in prompt_shares(prompts, n_left):
+        for sequence, n_tokens in prompt_shares(prompts, n_left)[:most]:
             n_wanted = int(n_tokens == sequence.n_to_schedule)
             rows.append(ScheduledRow(sequence, sequence.n_scheduled, n_tokens, n_wanted))
             sequence.n_scheduled += n_tokens

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import msgspec
 
 from hexmesh.serving.sequence import Sequence
-from hexmesh.wire.data import MAX_STEP_ROWS, MAX_STEP_TOKENS, FinishReason, SampledToken
+from hexmesh.wire.data import MAX_STEP_TOKENS, FinishReason, SampledToken
+
+MAX_RUNNING = 8192
+"""Sequences of one batcher: 32 micro-batches of 256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +23,9 @@ class BatchLimits:
     max_waiting: int = 256
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_running <= MAX_STEP_ROWS or not 1 <= self.step_tokens <= MAX_STEP_TOKENS:
+        if not 1 <= self.max_running <= MAX_RUNNING or not 1 <= self.step_tokens <= MAX_STEP_TOKENS:
             raise ValueError(
-                f"max_running {self.max_running} of {MAX_STEP_ROWS} at most, step_tokens {self.step_tokens} "
+                f"max_running {self.max_running} of {MAX_RUNNING} at most, step_tokens {self.step_tokens} "
                 f"of {MAX_STEP_TOKENS} at most"
             )
 

@@ -9,7 +9,7 @@ from hexmesh.sim.result import (
     StageUse,
     WayUse,
 )
-from hexmesh.sim.simulate import Failure, simulate
+from hexmesh.sim.simulate import Failure, n_to_settle, simulate
 
 __all__ = [
     "Failure",
@@ -20,5 +20,6 @@ __all__ = [
     "Spread",
     "StageUse",
     "WayUse",
+    "n_to_settle",
     "simulate",
 ]

@@ -6,9 +6,9 @@ rates of what happened in it.
 
 Without a rate as many are served as can be: whoever ends makes room for the next. Replicas begin with the sequences
 that they should hold by the plan's prediction, each somewhere in its output, so that no sequence's whole life must go
-by first; the window ends when `n_requests` have ended, and latencies are of those that ended in it and began in the
-run. Queues are kept full; with `n_at_once` so many requests are in the mesh instead, as when so many clients each ask
-again when they are answered.
+by first; the window begins when half of `n_requests` have ended, and ends when all have, and latencies are of those
+that ended in it and began in the run. Queues are kept full; with `n_at_once` so many requests are in the mesh instead,
+as when so many clients each ask again when they are answered.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from hexmesh.errors import InvalidInput
 from hexmesh.model_spec import ModelSpec
 from hexmesh.plan import DTYPE_BYTES, Plan, Replica
 from hexmesh.serving.batcher import BatchLimits
+from hexmesh.serving.micro_batch import MAX_RUNNING
 from hexmesh.sim.events import Events
 from hexmesh.sim.gateway import Flight, Gateway, Listener
 from hexmesh.sim.mesh import Mesh
@@ -36,7 +37,6 @@ from hexmesh.sim.replica import SimulatedReplica
 from hexmesh.sim.residents import residents
 from hexmesh.sim.result import SimResult
 from hexmesh.sim.routes import Routes
-from hexmesh.wire.data import MAX_STEP_ROWS
 from hexmesh.workload import Request, Workload, requests
 
 TELL_S = 1.0
@@ -45,6 +45,8 @@ NOTICED_S = 1.0
 """After a host's death, until the mesh knows of it."""
 TIMEOUT_S = 600.0
 """The daemon's deadline for a request."""
+WARM_UP, SATURATED_WARM_UP = 0.1, 0.5
+RESIDENCES = 3
 MORE_THAN_PLANNED = 1.25
 QUEUED = 32
 """Requests in the queue of each replica that takes prompts, where as many are served as can be; and as many as let
@@ -69,15 +71,19 @@ def simulate(
     *,
     n_requests: int,
     seed: int,
-    warm_up: float = 0.1,
+    warm_up: float | None = None,
     n_at_once: int | None = None,
     failures: Sequence[Failure] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> SimResult:
     """What so many requests of the workload meet. The same for the same seed.
 
+    `warm_up` is the share of them before the window opens: a tenth with a rate, half without.
+
     Raises InvalidInput for a plan that the cluster has no links for, and for fewer than two requests.
     """
+    if warm_up is None:
+        warm_up = SATURATED_WARM_UP if workload.arrivals is None else WARM_UP
     if n_requests < 2 or not 0 <= warm_up < 1:
         raise InvalidInput(
             f"{n_requests} requests, of which {warm_up:.0%} warm up: nothing to measure",
@@ -95,10 +101,18 @@ def simulate(
     return Simulation(scenario, random.Random(seed), failures, progress).run()
 
 
+def n_to_settle(plan: Plan) -> int:
+    """Requests after which a saturated run's rate is the plan's, to about 2 %: those held at a time, some times over.
+
+    Replicas begin in the middle of outputs and with no prompts half done, and it takes them a residence to forget that.
+    """
+    return RESIDENCES * sum(one.predicted_batch for one in as_daemons_run_it(plan).replicas)
+
+
 def as_daemons_run_it(plan: Plan) -> Plan:
-    """The plan, its replicas holding no more sequences than the wire lets a step have rows."""
+    """The plan, its replicas holding no more sequences than a batcher runs."""
     replicas = tuple(
-        structs.replace(one, predicted_batch=min(MAX_STEP_ROWS, one.predicted_batch)) for one in plan.replicas
+        structs.replace(one, predicted_batch=min(MAX_RUNNING, one.predicted_batch)) for one in plan.replicas
     )
     return structs.replace(plan, replicas=replicas)
 
@@ -144,7 +158,7 @@ class Scenario:
     def limits(self, replica: Replica) -> BatchLimits:
         """The daemon's, but a replica runs as many sequences as were planned for it, and some more."""
         n_planned = round(MORE_THAN_PLANNED * replica.predicted_batch)
-        limits = BatchLimits(max_running=min(MAX_STEP_ROWS, max(BatchLimits().max_running, n_planned)))
+        limits = BatchLimits(max_running=min(MAX_RUNNING, max(BatchLimits().max_running, n_planned)))
         return replace(limits, max_waiting=sys.maxsize) if self.is_saturated else limits
 
 

@@ -8,7 +8,7 @@ Per layer of a group of t devices, with T tokens: decoding rows at contexts c, a
 
 For decoding rows alone that is `Roofline.decode_layer_s`, for one whole prompt `prefill_layer_s`. Where both are in
 one step, the decoding rows' reading and the prompt's computing overlap, as they do where all tokens go through one
-GEMM; the score adds them up.
+GEMM. The score adds them up: chunks are not even, and over a long run the two come to about the same.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 import msgspec
 from msgspec.structs import replace
 
-from hexmesh.sim import simulate
+from hexmesh.sim import n_to_settle, simulate
 from hexmesh.workload import PoissonArrivals
 from tools.bench.planner_fleets import Planned, plan_of, problem_of
 
-N_REQUESTS = 2_000
+N_REQUESTS, MOST_REQUESTS = 2_000, 12_000
 SEEDS = (1, 2)
 """The second, where there is one class of workload to show it by, shows what the first is worth."""
 NOISE_SHOWN_BY = "HPLD"
@@ -66,12 +66,13 @@ def peak(planned: Planned, seed: int) -> Peak:
     """Simulate a cell's plan with its queues kept full."""
     cell = planned.cell
     problem = problem_of(cell.fleet, cell.workload, cell.model)
+    plan = plan_of(problem, planned)
     found = simulate(
-        plan_of(problem, planned),
+        plan,
         problem.cluster,
         problem.spec,
         problem.workload,
-        n_requests=N_REQUESTS,
+        n_requests=max(N_REQUESTS, min(MOST_REQUESTS, n_to_settle(plan))),
         seed=seed,
     )
     return Peak(

@@ -523,7 +523,22 @@ def test_what_is_past_its_deadline_is_dropped() -> None:
     assert step(served) == [("c", 0, 4)]
 
 
-@pytest.mark.parametrize("limits", [{"max_running": 2000}, {"step_tokens": 5000}, {"step_tokens": 0}])
+def test_a_step_has_no_more_rows_than_a_message_takes() -> None:
+    served = batcher(n_blocks=3000, max_running=2000, max_waiting=2000, step_tokens=2048)
+    for at in range(1500):
+        served.submit(sequence(str(at), 1, max_tokens=6), 0.0)
+    prompts = [begin(served), begin(served)]
+    for batch in prompts:
+        end(served, batch)
+    n_rows = [len(batch.rows) for batch in prompts]
+    assert n_rows == [1024, 476]
+    while served.has_work:
+        n_rows.append(len(step(served)))
+    assert max(n_rows) == 1024
+    assert sum(n_rows) == 6 * 1500
+
+
+@pytest.mark.parametrize("limits", [{"max_running": 9000}, {"step_tokens": 5000}, {"step_tokens": 0}])
 def test_limits_beyond_what_stages_take_are_refused(limits: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"max_running \d+ of 1024"):
+    with pytest.raises(ValueError, match=r"max_running \d+ of 8192"):
         BatchLimits(**limits)
