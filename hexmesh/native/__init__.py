@@ -10,6 +10,7 @@ from importlib import import_module
 from types import ModuleType
 
 MODULES = ("attention", "gemm")
+PLANNING = "layout"
 
 
 def load(name: str) -> ModuleType | None:
@@ -21,9 +22,13 @@ def load(name: str) -> ModuleType | None:
 
 
 def built() -> dict[str, str]:
-    """The best instruction set of every module that was built."""
-    modules = {name: load(name) for name in MODULES}
-    return {name: module.instruction_sets()[0] for name, module in modules.items() if module is not None}
+    """The best instruction set of every module that was built; the planner's has but one."""
+    modules = {name: load(name) for name in (*MODULES, PLANNING)}
+    return {
+        name: "generic" if name == PLANNING else module.instruction_sets()[0]
+        for name, module in modules.items()
+        if module is not None
+    }
 
 
 def describe() -> str:

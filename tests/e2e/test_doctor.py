@@ -73,7 +73,7 @@ def world(**fields: Any) -> World:
     sound: dict[str, Any] = {
         "torch": lambda: Torch(version="2.13.0"),
         "driver": Driver,
-        "kernels": lambda: dict.fromkeys(native.MODULES, "avx2"),
+        "kernels": lambda: dict.fromkeys((*native.MODULES, native.PLANNING), "avx2"),
         "inventory": lambda: Inventory(cpu_name="c", n_cpus=2, available_bytes=8 * GIB),
         "free_bytes": lambda path: 100 * GIB,
         "api_key": None,
@@ -245,6 +245,16 @@ def test_kernels_that_were_not_built(tmp_path: Path) -> None:
     assert kernels.outcome == "warn"
     assert kernels.finding.startswith("no C kernels for attention")
     assert "pip install" in kernels.next_step
+
+
+def test_the_planners_kernel_that_was_not_built(tmp_path: Path) -> None:
+    built = {"attention": "avx2", "gemm": "avx2"}
+    findings = examine(options(tmp_path / "s"), world(kernels=lambda: built))
+    (kernels,) = [finding for finding in findings if finding.check == "kernels"]
+    assert (kernels.outcome, kernels.finding) == (
+        "warn",
+        "no C kernels for layout: planning is far slower (built: attention avx2, gemm avx2)",
+    )
 
 
 def test_a_torch_without_cuda_beside_a_gpu(tmp_path: Path) -> None:
