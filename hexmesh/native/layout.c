@@ -270,7 +270,7 @@ static struct fit figures_of(struct graph *g, const struct step *step, int n_sta
             fit.slowest_s = fmax(fit.slowest_s, hop.byte_s * step->payload);
         }
     }
-    if (n_stages > 1 && step->role != PREFILL)
+    if (n_stages > 1)
         fit.around_s += g->visits[g->stack[n_stages - 1].visit].back_s;
     return fit;
 }
@@ -293,6 +293,8 @@ static double first_token_s(const struct graph *g, int n_stages)
             sum += hop.delay_s + hop.byte_s * prompt.payload;
         }
     }
+    if (n_stages > 1)
+        sum += g->visits[g->stack[n_stages - 1].visit].back_s;
     return sum + fixed + head;
 }
 
@@ -552,7 +554,7 @@ static bool soonest(struct graph *g, const struct step *step, const double *para
     const struct tables *t = g->tables;
     const int n = t->n_layers, width = n + 1;
     const double bytes = step_weight * step->payload + prompt_weight * payload_of(t, PREFILL, 1.0);
-    const double weight = step_weight + prompt_weight, back_weight = step->role == PREFILL ? 0.0 : step_weight;
+    const double weight = step_weight + prompt_weight;
     const double inside_cost = weight * g->inside.delay_s + bytes * g->inside.byte_s;
     const bool may_stay = g->inside.byte_s * step->payload <= slowest_s;
     double best = INFINITY, alone = INFINITY;
@@ -598,8 +600,8 @@ static bool soonest(struct graph *g, const struct step *step, const double *para
                 if (row.sums[l] < leaving[l])
                     leaving[l] = row.sums[l], left_by[l] = state;
         }
-        if (v->has_back && leaving_last == n && leaving[n] + back_weight * v->back_s < best)
-            best = leaving[n] + back_weight * v->back_s, best_state = left_by[n];
+        if (v->has_back && leaving_last == n && leaving[n] + weight * v->back_s < best)
+            best = leaving[n] + weight * v->back_s, best_state = left_by[n];
         g->leaving_first[at] = leaving_first;
         g->leaving_last[at] = leaving_last < n ? leaving_last : n - 1;
     }

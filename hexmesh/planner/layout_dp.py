@@ -58,7 +58,7 @@ class Fit:
     slowest_s: float
     """Of its stages and of what its hops send."""
     around_s: float
-    """All stages and hops, and the way back where tokens return."""
+    """All stages and hops, and the way back."""
     room: float
     """Of its tightest stage, in sequences of mean context."""
 
@@ -257,6 +257,7 @@ class _Masked:
         """The layout with the least sum of stages and hops, each step's times its weight."""
         seconds, sums = self._weighted(weighted), dict[_State, _Sums]()
         inside_s = self._hop_s(self._graph.inside, weighted)
+        n_weighted = sum(weight for _, weight in weighted)
         found: tuple[float, _State] | None = None
         alone: tuple[float, Placed] | None = None
         for at, visit in enumerate(self._graph.visits):
@@ -275,7 +276,7 @@ class _Masked:
                             alone = float(seconds[option][0, -1]), whole
                     elif tp < taken and self._may_send(self._graph.inside):
                         row.extend(sums[at, taken - tp], inside_s, seconds[option], (at, taken - tp), tp)
-                back_s = math.inf if visit.back is None else self._back_s(visit.back, weighted)
+                back_s = math.inf if visit.back is None else n_weighted * visit.back.delay_s
                 total_s = float(row.least_s[-1]) + back_s
                 if found is None or total_s < found[0]:
                     found = total_s, (at, taken)
@@ -355,9 +356,6 @@ class _Masked:
         payload_bytes = self._kernel.tables.payload_bytes
         return sum(weight * (hop.delay_s + hop.send_s(payload_bytes(step))) for step, weight in weighted)
 
-    def _back_s(self, hop: Hop, weighted: Weighted) -> float:
-        return sum(weight * hop.delay_s for step, weight in weighted if step.role != "prefill")
-
     def _stages_to(self, last: _State, came: Mapping[_State, _Came]) -> tuple[Placed, ...]:
         stages, state = list[Placed](), last
         while True:
@@ -378,7 +376,7 @@ class _Masked:
         sends = [hop.send_s(self._payload_bytes) for hop in hops]
         around_s = sum(steps) + sum(sends) + sum(hop.delay_s for hop in hops)
         back = visits[stages[-1].visit].back
-        if len(stages) > 1 and self._step.role != "prefill":
+        if len(stages) > 1:
             assert back is not None
             around_s += back.delay_s
         room = min(self._option(one).room[one.start, one.stop] for one in stages)

@@ -146,7 +146,7 @@ class RatesOfMany:
     def _prefill(self, batch: Batch, prompt_s: Floats, resident: Floats) -> Floats:
         capacities = self._tables.capacities
         sends = batch.send_s * (capacities.workload.prompt_tokens * capacities.model.hidden_bytes)
-        latency_s = prompt_s.sum(axis=1) + sends.sum(axis=1) + batch.delay_s
+        latency_s = prompt_s.sum(axis=1) + sends.sum(axis=1) + batch.delay_s + batch.back_s
         limit_s = capacities.workload.slo.ttft_s
         slowest = np.maximum(prompt_s.max(axis=1), sends.max(axis=1, initial=0.0))
         holds = resident >= self._tables.least_resident * (1 - 1e-11)

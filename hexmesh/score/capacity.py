@@ -3,7 +3,7 @@
 Symbols: stage j has l layers on t devices; a its time for a layer (`hexmesh.roofline`), tau = l a; s and o mean prompt
 and output tokens, ctx the mean context of what decodes (`hexmesh.workload.lengths`); m micro-batches of b sequences.
 
-    prefill   P = 1 / max over stages and hops; latency: the sum of stages and hops
+    prefill   P = 1 / max over stages and hops; latency: the sum of stages, hops and way back
     resident  B = min over stages of (memory - weights - workspace) / (KV of one sequence at ctx)
     decode    C(m) = max(slowest stage or hop, (all stages + all hops + way back) / m), b = min(B / m, cap)
               X = max over m of b / C(m) tokens/s; TPOT = m C(m)
@@ -43,7 +43,7 @@ class Prefill:
 
     requests_per_s: float
     latency_s: float
-    """Of one prompt through an idle pipeline: the least time to the first token."""
+    """Of one prompt through an idle pipeline and its token back to the first stage: the least TTFT."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +110,7 @@ class Capacities:
         payload = prompt * self.model.hidden_bytes
         steps = [self._prefill_s(seat) for seat in pipeline.seats]
         sends = [hop.send_s(payload) for hop in pipeline.hops]
-        latency_s = sum(steps) + sum(sends) + sum(hop.delay_s for hop in pipeline.hops)
+        latency_s = sum(steps) + sum(sends) + _delays_s(pipeline)
         limit_s = self.workload.slo.ttft_s
         least_tokens = max(self.residency.prompts * prompt, self.residency.least_tokens)
         fits = all(self._free_bytes(seat) >= self._kv_bytes(seat, least_tokens) for seat in pipeline.seats)
@@ -200,7 +200,7 @@ class Capacities:
         sends = [(prompt * send_s, output * send_s) for send_s in token_s]
         yield from zip(prompts, outputs, strict=True)
         yield from sends
-        delays_s = sum(hop.delay_s for hop in pipeline.hops) + pipeline.back.delay_s
+        delays_s = _delays_s(pipeline)
         yield (
             (sum(prompts) + sum(there for there, _ in sends)) / n,
             (sum(outputs) + sum(back for _, back in sends) + delays_s * output / batch) / n,
@@ -236,7 +236,7 @@ class Capacities:
         payload = batch * step.tokens * self.model.hidden_bytes
         steps = [step.seconds(seat, batch) for seat in pipeline.seats]
         sends = [hop.send_s(payload) for hop in pipeline.hops]
-        around_s = sum(steps) + sum(sends) + sum(hop.delay_s for hop in pipeline.hops) + pipeline.back.delay_s
+        around_s = sum(steps) + sum(sends) + _delays_s(pipeline)
         return max(*steps, *sends, around_s / n)
 
     def _prefill_s(self, seat: Seat) -> float:
@@ -274,3 +274,8 @@ class Capacities:
         n_layers, group = seat.stop - seat.start, seat.group
         per_block = self.costs.block_bytes(n_layers, group.device.kind, group.tp)
         return n_tokens * per_block / self.costs.block_tokens
+
+
+def _delays_s(pipeline: Pipeline) -> float:
+    """Of all hops and the way back."""
+    return sum(hop.delay_s for hop in pipeline.hops) + pipeline.back.delay_s
