@@ -27,7 +27,7 @@ MIN_REQUESTS, MAX_REQUESTS = 2_000, 12_000
 """Simulated for a draft. Where drafts hold so many sequences that the rate would not settle, the score decides."""
 TOKEN_S = 12e-6
 """Of an output token, simulated: what does not fit into the time that is left is not begun."""
-TELLS = 0.01
+TELLS = 0.02
 """What two runs of one plan differ by."""
 
 

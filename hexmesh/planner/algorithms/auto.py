@@ -24,9 +24,9 @@ CLOSE = 0.995
 PARTITION_DEVICES = 128
 """HexGen-2's and HexGen's searches are worth their time up to so many."""
 N_ALIGNED = 3
-SEARCHED, ALIGNED = 0.7, 0.8
+SEARCHED, ALIGNED = 0.75, 0.8
 """Of the time, for searching and for aligning; the rest is for simulations."""
-COLUMNS, SLICE = 0.3, 0.1
+COLUMNS, SLICE = 0.25, 0.08
 """Of the time, for the first search and for each that only gives annealing other starts."""
 
 
