@@ -3,9 +3,10 @@
 `Capacities` rates one replica in each role, `best_flow` puts replicas together, `score_replicas` does both for a plan.
 """
 
-from hexmesh.score.bound import Density, density_of, fluid_bound, latency_bound, price_bound
+from hexmesh.score.bound import Density, density_of, latency_bound, price_bound
 from hexmesh.score.capacity import Capacities, Decode, Mixed, Prefill, Residency
 from hexmesh.score.flows import FlowScore, Held, Limit, ReplicaRates, best_flow, handoff_bytes
+from hexmesh.score.fluid import fluid_bound
 from hexmesh.score.pipeline import Hop, Pipeline, Seat, pipeline_of
 from hexmesh.score.plan_score import replica_rates, score_replicas
 

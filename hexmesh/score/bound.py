@@ -1,4 +1,4 @@
-"""A rate that no plan over a cluster can beat: layers spread over devices like a fluid.
+"""A price, and a time, that no plan over a cluster can beat; and what one device gives at most.
 
 A replica of rate X puts X l / L of its work on a stage of l of the L layers, and a stage's devices are busy for at most
 all of the time. So a device of a group of t contributes at most its density, the best over t of
@@ -7,8 +7,9 @@ all of the time. So a device of a group of t contributes at most its density, th
 
 a being the quickest layer's time there (and l = 1, which leaves most room for KV). The busy shares of both phases sum
 to one at most. What a host prefills beyond what it decodes must leave through its NIC, and likewise for sites and their
-lines. A linear program over hosts maximises the rate. Optimistic: one micro-batch owns all of the memory, pipelines
-have no bubble and no hops, nothing but the layers takes memory, limits of time are ignored.
+lines. An integer program over hosts, each paid for in whole, minimises the price. Optimistic: one micro-batch owns all
+of the memory, pipelines have no bubble and no hops, nothing but the layers takes memory, limits of time are ignored.
+The most that a cluster serves is bounded more tightly (`fluid`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from hexmesh.score.pipeline import launch_s
 from hexmesh.score.program import Program
 
 ROLES: tuple[Role, ...] = ("mixed", "prefill", "decode")
-_LEAST_BYTES_PER_S = 1.0
+LEAST_BYTES_PER_S = 1.0
 """A border that is closed counts as this."""
 _GAP = 1e-3
 _MAX_NODES = 300
@@ -56,15 +57,6 @@ class _Pool:
     density: Density
 
 
-def fluid_bound(cluster: Cluster, capacities: Capacities, roles: Set[Role] = frozenset(ROLES)) -> float:
-    """Requests per second that no plan over the cluster exceeds, by this score, with replicas of those roles."""
-    program = Program()
-    _fill(program, cluster, capacities, roles, worth=1.0, gates={})
-    solution = program.solve()
-    assert solution is not None
-    return solution.worth
-
-
 def price_bound(
     cluster: Cluster, capacities: Capacities, requests_per_s: float, roles: Set[Role] = frozenset(ROLES)
 ) -> float:
@@ -76,7 +68,7 @@ def price_bound(
     gates = {
         node.id: program.variable(-(node.price_per_h or 0.0), 1.0, is_integer=True) for node in cluster.nodes
     }
-    for x in _fill(program, cluster, capacities, roles, worth=0.0, gates=gates):
+    for x in _fill(program, cluster, capacities, roles, gates):
         program.demand("rate", x, 1 / requests_per_s)
     if program.solve() is None:
         return math.inf
@@ -103,7 +95,7 @@ def latency_bound(cluster: Cluster, capacities: Capacities) -> float:
 def _request_layer_s(node: Node, device: Device, capacities: Capacities) -> float:
     """A prompt and the tokens after the first of one request alone, through one layer."""
     workload, model, layers = capacities.workload, capacities.model, set(capacities.costs.spec.layers)
-    groups = _groups(node, device, _degrees(node, capacities))
+    groups = _groups(node, device, degrees_of(node, capacities))
     prefill_s = min(
         model.prefill_layer_s(group, layer, workload.prompt_tokens) for group in groups for layer in layers
     )
@@ -118,8 +110,6 @@ def _fill(
     cluster: Cluster,
     capacities: Capacities,
     roles: Set[Role],
-    *,
-    worth: float,
     gates: Mapping[str, int],
 ) -> list[int]:
     """Rows of busy shares and borders; the variables of prompts."""
@@ -127,21 +117,21 @@ def _fill(
     prompts, outputs = list[int](), list[int]()
     for at, pool in enumerate(pools):
         gate = gates.get(cluster.nodes[pool.node].id)
-        prompts.append(_phase(program, at, pool.n_devices * pool.density.prefill, worth, gate))
-        outputs.append(_phase(program, at, pool.n_devices * pool.density.decode, 0.0, gate))
+        prompts.append(_phase(program, at, pool.n_devices * pool.density.prefill, gate))
+        outputs.append(_phase(program, at, pool.n_devices * pool.density.decode, gate))
         program.balance("served", prompts[at], 1.0)
         program.balance("served", outputs[at], -1.0)
     kv_bytes = capacities.model.kv_bytes(capacities.workload.prompt_tokens)
     for number, (members, out, into) in enumerate(_borders(cluster, pools)):
         for at in members:
             for way, sign, limit in (("out", 1.0, out), ("in", -1.0, into)):
-                program.use((way, number), prompts[at], sign * kv_bytes, max(limit, _LEAST_BYTES_PER_S))
-                program.use((way, number), outputs[at], -sign * kv_bytes, max(limit, _LEAST_BYTES_PER_S))
+                program.use((way, number), prompts[at], sign * kv_bytes, max(limit, LEAST_BYTES_PER_S))
+                program.use((way, number), outputs[at], -sign * kv_bytes, max(limit, LEAST_BYTES_PER_S))
     return prompts
 
 
-def _phase(program: Program, pool: int, rate: float, worth: float, gate: int | None) -> int:
-    at = program.variable(worth)
+def _phase(program: Program, pool: int, rate: float, gate: int | None) -> int:
+    at = program.variable()
     program.use(("busy", pool), at, 1.0, rate, gate)
     return at
 
@@ -167,7 +157,7 @@ def _pools(cluster: Cluster, capacities: Capacities, asked: Set[Role]) -> list[_
     found = []
     for at, node in enumerate(cluster.nodes):
         roles = frozenset(node.roles or ROLES) & asked
-        degrees = _degrees(node, capacities)
+        degrees = degrees_of(node, capacities)
         alike = Counter(replace(device, index=0, name="", kind="cuda") for device in node.devices)
         for device, n_devices in alike.items():
             key = device, node.fabric, launch_s(node), degrees, roles
@@ -177,7 +167,7 @@ def _pools(cluster: Cluster, capacities: Capacities, asked: Set[Role]) -> list[_
     return found
 
 
-def _degrees(node: Node, capacities: Capacities) -> tuple[int, ...]:
+def degrees_of(node: Node, capacities: Capacities) -> tuple[int, ...]:
     """TP degrees that some stage on the host may have."""
     most = len(node.devices) if node.fabric is not None else 1
     allowed = node.tp_degrees or range(1, most + 1)

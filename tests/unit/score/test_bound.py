@@ -14,7 +14,9 @@ from hexmesh.cost import CostModel, StepLimits
 from hexmesh.fleet import cluster_of, read_fleet
 from hexmesh.model_spec import ModelSpec, model_spec_from_config
 from hexmesh.plan import Replica, Stage
-from hexmesh.score import Capacities, fluid_bound, score_replicas
+from hexmesh.score import Capacities, fluid, fluid_bound, score_replicas
+from hexmesh.score.pipeline import group_like
+from hexmesh.score.shapes import Shapes
 from hexmesh.workload import Slo, Workload
 
 FLEETS = Path(__file__).resolve().parents[3] / "docs" / "fleets"
@@ -163,6 +165,98 @@ def test_the_bound_rises_with_every_part(cluster: Cluster, factor: float, data: 
     nodes[at] = msgspec.structs.replace(node, devices=(better, *node.devices[1:]), nic=nic)
     raised = msgspec.structs.replace(cluster, nodes=tuple(nodes))
     assert fluid_bound(raised, capacities) >= fluid_bound(cluster, capacities) * (1 - 1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(cluster=_clusters(), data=st.data())
+def test_one_more_device_never_lowers_the_bound(cluster: Cluster, data: st.DataObject) -> None:
+    capacities = _capacities(SMALL, Workload(prompt_tokens=300, output_tokens=60))
+    at = data.draw(st.integers(0, len(cluster.nodes) - 1))
+    kind = data.draw(st.sampled_from([device for node in cluster.nodes for device in node.devices]))
+    nodes = list(cluster.nodes)
+    added = msgspec.structs.replace(kind, index=len(nodes[at].devices))
+    nodes[at] = msgspec.structs.replace(nodes[at], devices=(*nodes[at].devices, added))
+    larger = msgspec.structs.replace(cluster, nodes=tuple(nodes))
+    assert fluid_bound(larger, capacities) >= fluid_bound(cluster, capacities) * (1 - 3e-6)
+
+
+def _alike(n_hosts: int, n_devices: int, budget_bytes: int) -> Cluster:
+    """Hosts of like devices without NICs."""
+    device = Device(
+        index=0, kind="cuda", name="", budget_bytes=budget_bytes, flops_per_s=1e15, bytes_per_s=1e12
+    )
+    return Cluster(
+        nodes=tuple(
+            Node(
+                id=f"n{at}",
+                name=f"n{at}",
+                site="here",
+                devices=tuple(msgspec.structs.replace(device, index=index) for index in range(n_devices)),
+                launch_s=0.0,
+                step_s=0.0,
+            )
+            for at in range(n_hosts)
+        ),
+        links=(),
+    )
+
+
+def test_pipelines_share_the_room_that_weights_leave() -> None:
+    """Two stages are busy with two micro-batches, each half of the sequences that have room beside forty layers."""
+    workload = Workload(prompt_tokens=1, output_tokens=1000)
+    capacities = _capacities(LLAMA_2_70B, workload)
+    costs, model = capacities.costs, capacities.model
+    cluster = _alike(1, 2, costs.fixed_bytes(20, 60) + 64 * 501 * costs.block_bytes(40, "cuda") // 16)
+    [device, _] = cluster.nodes[0].devices
+    group = group_like(cluster.nodes[0], device, 1)
+    step_s = 40 * model.decode_layer_s(group, LLAMA_2_70B.layers[0], 32, workload.mean_context)
+    prompt_s = 40 * model.prefill_layer_s(group, LLAMA_2_70B.layers[0], 1)
+    assert fluid_bound(cluster, capacities) == pytest.approx(1 / (1000 / 32 * step_s + prompt_s), rel=1e-3)
+
+
+def test_a_model_that_all_devices_together_cannot_hold_is_not_served() -> None:
+    capacities = _capacities(LLAMA_2_70B, Workload(prompt_tokens=512, output_tokens=128))
+    weights = capacities.costs.weight_bytes(0, 80)
+    assert fluid_bound(_alike(1, 8, weights // 8), capacities) == 0.0
+    assert fluid_bound(_alike(1, 8, weights // 7), capacities) > 0.0
+
+
+def test_hosts_that_are_alike_are_worth_the_same_together_as_apart() -> None:
+    cluster = _cluster("mixed-64")
+    capacities = _capacities(LLAMA_2_70B, Workload(prompt_tokens=1104, output_tokens=398))
+    together = tuple(msgspec.structs.replace(node, step_s=0.0) for node in cluster.nodes)
+    apart = tuple(msgspec.structs.replace(node, step_s=at * 1e-15) for at, node in enumerate(cluster.nodes))
+    assert fluid_bound(msgspec.structs.replace(cluster, nodes=apart), capacities) == pytest.approx(
+        fluid_bound(msgspec.structs.replace(cluster, nodes=together), capacities), rel=3e-6
+    )
+
+
+def test_the_bound_holds_whenever_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = _cluster("hexgen2-4")
+    capacities = _capacities(LLAMA_2_70B, Workload(prompt_tokens=1104, output_tokens=398))
+    least = fluid_bound(cluster, capacities)
+    monkeypatch.setattr(fluid, "_MOST_ROUNDS", 1)
+    assert fluid_bound(cluster, capacities) > least
+    monkeypatch.setattr(fluid, "_MOST_ROUNDS", 3)
+    assert fluid_bound(cluster, capacities) >= least
+
+
+def test_shapes_know_the_seconds_of_a_step() -> None:
+    """All batches at once are what `Roofline` says of each."""
+    capacities = _capacities(SMALL, Workload(prompt_tokens=300, output_tokens=60))
+    node = _cluster("mixed-24").nodes[0]
+    group = group_like(node, msgspec.structs.replace(node.devices[0], budget_bytes=10**8), 2)
+    shapes = Shapes(capacities, [group], 3)
+    [stages] = shapes.stages
+    assert len(set(shapes.batch)) > 3
+    for at, batch in enumerate(shapes.batch):
+        layer_s = min(
+            capacities.model.decode_layer_s(group, layer, float(batch), capacities.workload.mean_context)
+            for layer in SMALL.layers
+        )
+        n_layers = stages.layers[at]
+        step_s = n_layers * layer_s + group.step_s
+        assert stages.outputs[at] == pytest.approx(n_layers / SMALL.n_layers * batch / step_s / 60)
 
 
 def _cluster(name: str) -> Cluster:
