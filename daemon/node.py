@@ -321,7 +321,11 @@ class Node:
             on_stage_failed=lambda stage, reason: self._stages.stage_failed(stage, reason),
         )
         self._calibrator = Calibrator(
-            member.model.spec, self._dtype(), group=group, on_news=lambda: self._publisher.touch()
+            member.model.spec,
+            self._dtype(),
+            group=group,
+            links=self._roster.directory.measured_links,
+            on_news=lambda: self._publisher.touch(),
         )
         self._stages = StageHost(
             courier=self,
@@ -580,7 +584,10 @@ class Node:
         self._reporter.plan_committed(reason)
 
     def _on_step(self, trace: StepTrace) -> None:
-        self._telemetry.observe_step(trace.replica, trace.round_trip_s, trace.stage_seconds, trace.transit_s)
+        self._telemetry.observe_step(
+            trace.replica.id, trace.round_trip_s, trace.stage_seconds, trace.transit_s
+        )
+        self._calibrator.travelled(trace)
 
     # --- what this node tells of itself ---
 
@@ -607,6 +614,7 @@ class Node:
             devices=self._calibrator.corrected(self._weights.bound_devices(self._facts)),
             has_all_weights=self._weights.is_whole,
             links=self._links.links(),
+            way_s=self._calibrator.way_s,
             availability=self._upkeep.availability,
             dialable=self._network.reach.is_dialable,
         )

@@ -57,7 +57,9 @@ LOSS_PAUSE_S = 0.1
 class StepTrace:
     """What one step took: the whole round trip, and of it each stage's compute and its queueing there."""
 
-    replica: str
+    replica: Replica
+    n_rows: int
+    n_tokens: int
     round_trip_s: float
     stage_seconds: list[float]
     queue_seconds: list[float]
@@ -472,7 +474,9 @@ class ReplicaDriver:
             queue_s=sum(result.queue_seconds),
         )
         trace = StepTrace(
-            replica=self.replica.id,
+            replica=self.replica,
+            n_rows=len(step.rows),
+            n_tokens=step.batch.n_tokens,
             round_trip_s=round_trip_s,
             stage_seconds=result.stage_seconds,
             queue_seconds=result.queue_seconds,

@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import msgspec
 
 from hexmesh.calibration.factors import Factors, applied
+from hexmesh.calibration.ways import MOST_WAY_S, lengthened
 from hexmesh.cluster import Availability, Cluster, Device, Link, Node, Role
 from hexmesh.errors import Refused
 from hexmesh.ids import short
@@ -84,6 +85,8 @@ class NodeRecord(msgspec.Struct, frozen=True, kw_only=True):
     has_all_weights: bool = True
     """Whether the whole model is in a folder there; else it fetches its stages' tensors from others."""
     links: Annotated[tuple[LinkFacts, ...], msgspec.Meta(max_length=1024)] = ()
+    way_s: Annotated[float, msgspec.Meta(ge=0, le=MOST_WAY_S)] | None = None
+    """What a way between hosts takes beside its link, by steps that this node drove; None while they are too few."""
     availability: Availability = "active"
     tp_degrees: Annotated[
         tuple[Annotated[int, msgspec.Meta(ge=1, le=64)], ...], msgspec.Meta(max_length=64)
@@ -230,15 +233,23 @@ class Directory:
         return {node: self._known[node].record.availability for node in nodes if node in self._known}
 
     def cluster(self, nodes: Iterable[str]) -> Cluster:
-        """What is known of `nodes`, to plan over: only measured devices, only measured links among them."""
+        """What is known of `nodes`, to plan over: only measured devices, only measured links among them.
+
+        Figures are corrected by what steps say of them.
+        """
         wanted = tuple(node for node in sorted(set(nodes)) if self._has_devices(node))
         records = tuple(self._known[node].record for node in wanted)
-        return Cluster(
-            nodes=tuple(_as_node(record) for record in records),
-            links=tuple(
-                facts.link for record in records for facts in record.links if facts.link.dst in wanted
-            ),
-        )
+        links = (link for link in self._links(records) if link.dst in wanted)
+        told_s = [record.way_s for record in records if record.way_s is not None]
+        return Cluster(nodes=tuple(_as_node(record) for record in records), links=lengthened(links, told_s))
+
+    def measured_links(self) -> dict[tuple[str, str], Link]:
+        """All links by (source, destination), as measured."""
+        return {(link.src, link.dst): link for link in self._links(self.records())}
+
+    @staticmethod
+    def _links(records: Iterable[NodeRecord]) -> Iterator[Link]:
+        return (facts.link for record in records for facts in record.links)
 
     def _has_devices(self, node: str) -> bool:
         known = self._known.get(node)

@@ -147,16 +147,18 @@ def compare(report: Report, where: str, workload: Workload, measured: Measured) 
         tpots = {"score": 1e3 * tpot_s, "simulator": 1e3 * simulated.tpot_s.p50}
         _compare(report, f"{where}, {how}: TTFT p50 in ms", 1e3 * met.ttft_s, **ttfts)
         _compare(report, f"{where}, {how}: TPOT p50 in ms", 1e3 * met.tpot_s, **tpots)
-    report.notes.append(f"{where}, saturated, {known.spans}: {_told(measured.steps, full)}")
+    ways_s = sum(hop.delay_s for hop in pipeline.hops) + pipeline.back.delay_s
+    report.notes.append(f"{where}, saturated, {known.spans}: {_told(measured.steps, full, ways_s)}")
 
 
-def _told(steps: Steps, simulated: SimResult) -> str:
+def _told(steps: Steps, simulated: SimResult, ways_s: float) -> str:
     """Where a step's time went, and where it was predicted to go."""
     stages = ", ".join(f"{1e3 * seconds:.1f}" for seconds in steps.stage_s)
     busy = ", ".join(f"{share:.0%}" for share in steps.busy)
     simulated_busy = ", ".join(f"{stage.busy:.0%}" for stage in simulated.stages)
     return (
-        f"{steps.per_s:.1f} steps/s, stages take {stages} ms and are busy {busy}, ways {1e3 * steps.transit_s:.1f} ms; "
+        f"{steps.per_s:.1f} steps/s, stages take {stages} ms and are busy {busy}, "
+        f"ways {1e3 * steps.transit_s:.1f} ms where {1e3 * ways_s:.1f} are known; "
         f"simulated {simulated.n_steps / simulated.seconds:.1f} steps/s, busy {simulated_busy}"
     )
 

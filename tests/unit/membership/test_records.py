@@ -303,6 +303,21 @@ def test_a_cluster_holds_what_was_measured_among_those_asked_for() -> None:
     assert directory.cluster(["b", "a", "c", "missing", "a"]) == expected
 
 
+def test_links_of_a_cluster_are_as_long_as_drivers_tell() -> None:
+    directory = Directory()
+    directory.merge(known(record("a", links=(link("a", "b"),), way_s=0.003)))
+    directory.merge(known(record("b")))
+    (found,) = directory.cluster(["a", "b"]).links
+    assert found.rtt_p50_s == pytest.approx(0.01 + 2 * 0.003)
+    assert directory.measured_links() == {("a", "b"): link("a", "b").link}
+
+
+@pytest.mark.parametrize("way_s", [-1e-9, 1.0, math.nan, math.inf])
+def test_an_overhead_that_no_way_has_is_refused(way_s: float) -> None:
+    with pytest.raises(Refused):
+        opened(resigned(signed(record("a")), body=msgspec.msgpack.encode(record("a", way_s=way_s))))
+
+
 def test_a_forgotten_node_is_gone() -> None:
     directory = Directory()
     directory.merge(known(record("a")))
