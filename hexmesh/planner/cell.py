@@ -37,7 +37,7 @@ Ints = npt.NDArray[np.intp]
 
 MOST_KNOWN = 8
 """Latest prices that layouts are bounded by."""
-MOST_PAIRS = 250_000
+MOST_PAIRS = 20_000
 """Of placements, whose tolls are compared."""
 
 

@@ -87,8 +87,12 @@ class HandoffCaps:
 
 def toll(prices: Floats, sources: Ints, targets: Ints) -> Floats:
     """(sources, targets): what a prompt's KV pays at prices (hosts, hosts) of a layer."""
-    n = len(prices)
-    paid = prices[sources].reshape(len(sources), -1)
-    held = np.eye(n)[targets].reshape(len(targets), -1)
-    found: Floats = paid @ held.T
+    found: Floats
+    if len(sources) == 1 or len(targets) == 1:
+        found = prices[sources, targets].sum(axis=1).reshape(len(sources), len(targets))
+        return found
+    senders = np.unique(sources)
+    found = np.zeros((len(sources), len(targets)))
+    for sender in senders:
+        found += (sources == sender).astype(float) @ prices[sender][targets].T
     return found

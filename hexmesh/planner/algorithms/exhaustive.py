@@ -23,21 +23,16 @@ from dataclasses import dataclass, field
 from itertools import combinations_with_replacement, groupby, product
 
 import numpy as np
-import numpy.typing as npt
 
 from hexmesh.cluster import Role
 from hexmesh.planner.align import align
-from hexmesh.planner.cell import Cell, Prices
-from hexmesh.planner.every_layout import Choice, EveryLayout
-from hexmesh.planner.handoff_caps import HandoffCaps
+from hexmesh.planner.cells import Cells, look_into
+from hexmesh.planner.every_layout import Choice
 from hexmesh.planner.objective import Latency, LeastCost
 from hexmesh.planner.partitions import n_teams_within, partitions, teams_within
 from hexmesh.planner.pools import ROLES, Team
 from hexmesh.planner.problem import Draft, Judged, Problem
 from hexmesh.planner.run import Run
-from hexmesh.score.plan_score import kv_layer_bytes
-
-Floats = npt.NDArray[np.float64]
 
 SMALL = 8
 """Devices up to which the search is meant to be exact."""
@@ -84,23 +79,19 @@ class _Search:
     most_of_cell: int = MOST_JUDGED
     """Drafts of one partition and its roles."""
     left_of_cell: int = MOST_JUDGED
-    layouts: EveryLayout = field(init=False)
-    caps: HandoffCaps = field(init=False)
+    cells: Cells = field(init=False)
     teams: list[Team] = field(init=False)
     choices: list[dict[Role, Choice]] = field(init=False)
 
     def __post_init__(self) -> None:
         problem = self.run.problem
-        self.layouts = EveryLayout(problem)
-        self.caps = HandoffCaps(problem.cluster, kv_layer_bytes(problem.capacities))
+        self.cells = Cells(problem)
         found = [
             (team, choices)
             for team in teams_within(tuple(pool.size for pool in problem.pools))
-            if not self.run.is_over and _may_hold(problem, team) and (choices := self.layouts.of(team))
+            if not self.run.is_over and _may_hold(problem, team) and (choices := self.cells.layouts.of(team))
         ]
         self.teams, self.choices = [team for team, _ in found], [choices for _, choices in found]
-        self._caps = dict[tuple[int, Role, int, Role], Floats]()
-        self._prices = dict[tuple[tuple[int, ...], tuple[Role, ...]], list[Prices]]()
         if self.run.best is not None:
             self.rate = self.run.best.flow.requests_per_s
 
@@ -234,61 +225,25 @@ class _Search:
             if bound <= self.rate * _BETTER or self.is_over:
                 return
             self.left_of_cell = self.most_of_cell
-            self._descend(self._cell(node.teams, roles), {})
+            grouped = tuple((self.teams[team], role) for team, role in zip(node.teams, roles, strict=True))
+            cell = self.cells.of(grouped)
+            assert cell is not None
+            look_into(cell, self._judge, self._enough)
 
     def _free_bound(self, teams: Sequence[int], roles: Sequence[Role]) -> float:
         reach = [self.choices[team][role].furthest for team, role in zip(teams, roles, strict=True)]
         return float(np.sum(reach, axis=0).min())
 
-    def _cell(self, teams: tuple[int, ...], roles: tuple[Role, ...]) -> Cell:
-        """With the prices of what was judged of it before."""
-        keys = list(zip(teams, roles, strict=True))
-        return Cell(
-            self.run.problem,
-            self.caps,
-            [self.choices[team][role] for team, role in keys],
-            roles,
-            {
-                (p, d): self.cap(keys[p], keys[d])
-                for p in range(len(keys))
-                for d in range(len(keys))
-                if p != d and roles[p] != "decode" and roles[d] != "prefill"
-            },
-            self._prices.setdefault((teams, roles), []),
-        )
+    def _enough(self) -> float:
+        """What a draft must promise more than; nothing does when the search, or this part of it, is over."""
+        return float("inf") if self.left_of_cell <= 0 or self.is_over else self.rate * _BETTER
 
-    def _descend(self, cell: Cell, chosen: dict[int, int]) -> None:
-        """Layouts of one team after the other; what is judged on the way tells what need not be looked into."""
-        if len(chosen) == len(cell.choices):
-            self._judge(cell, cell.draft(chosen))
-            return
-        at = next(at for at in cell.order if at not in chosen)
-        bounds, n_known = cell.bounds(chosen, at), 0
-        while True:
-            enough = self.rate * _BETTER
-            bounds = cell.lowered(bounds, chosen, at, enough=enough, n_known=n_known)
-            n_known, layout = len(cell.prices), int(bounds.argmax())
-            if bounds[layout] <= enough or self.left_of_cell <= 0 or self.is_over:
-                return
-            self._descend(cell, {**chosen, at: layout})
-            bounds[layout] = -np.inf
-
-    def _judge(self, cell: Cell, draft: Draft | None) -> None:
-        if draft is None:
-            return
+    def _judge(self, draft: Draft) -> Judged:
         self.n_judged += 1
         self.left_of_cell -= 1
         judged = self.run.offer(draft, BY)
         self.rate = max(self.rate, judged.flow.requests_per_s)
-        cell.learn(judged)
-
-    def cap(self, source: tuple[int, Role], target: tuple[int, Role]) -> Floats:
-        """By placements of both."""
-        key = (*source, *target)
-        if key not in self._caps:
-            a, b = self.choices[source[0]][source[1]], self.choices[target[0]][target[1]]
-            self._caps[key] = self.caps.of(a.placements[0], b.placements[0])
-        return self._caps[key]
+        return judged
 
 
 def _roles(teams: Sequence[int], choices: Sequence[dict[Role, Choice]]) -> Iterator[tuple[Role, ...]]:
