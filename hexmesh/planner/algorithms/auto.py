@@ -28,27 +28,26 @@ N_ALIGNED = 3
 """Drafts, each of another search, whose cuts are aligned; and that are refined."""
 SEARCHED, ALIGNED = 0.75, 0.8
 """Of the time, for searching, and for aligning and refining; the rest is for simulations."""
-COLUMNS, SLICE = 0.3, 0.1
+COLUMNS, SLICE = 0.25, 0.08
 """Of the time, for the first search and for each that only gives annealing other starts."""
 
 
 def search(run: Run) -> None:
     """The best of all searches."""
+    search_by_score(run)
+    conclude(run)
+
+
+def conclude(run: Run) -> None:
+    """Few devices are searched exhaustively; of drafts for many the simulator chooses."""
     if sum(pool.size for pool in run.problem.pools) <= EXACT_DEVICES:
-        search_by_score(run)
         exhaustive.search(run)
     else:
-        search_large(run)
-
-
-def search_large(run: Run) -> None:
-    """As for many devices, however few there are."""
-    search_by_score(run)
-    choose_finalist(run, seed=0)
+        choose_finalist(run, seed=0)
 
 
 def search_by_score(run: Run) -> None:
-    """The same without simulations."""
+    """As for many devices, however few there are."""
     greedy.search(run)
     if run.current is not None:
         run.offer(run.current, "current")
