@@ -222,7 +222,8 @@ class EveryLayout:
                         yield (*cuts[:at], cuts[at] + by, *cuts[at + 1 :])
 
     def _choice(self, role: Role, rated: Sequence[_Rated], is_complete: bool) -> Choice | None:
-        parts, rates, reach, hosts = list[tuple[Part, ...]](), list[Floats](), list[Floats](), list[Ints]()
+        found = list[tuple[tuple[Group, ...], Ints]]()
+        rates, reach, hosts = list[Floats](), list[Floats](), list[Ints]()
         for one in rated:
             own = _in_role(role, one.rates, hands_over=self._problem.hands_over)
             kept = np.flatnonzero(own[2])
@@ -231,18 +232,18 @@ class EveryLayout:
             held = self._hosts(one, kept)
             wanted = _undominated(own[1][kept], held)
             kept, held = kept[wanted], held[wanted]
-            parts += [_parts(one.sequences[one.sequence_of[at]], one.cuts[at]) for at in kept]
+            found += [(one.sequences[one.sequence_of[at]], one.cuts[at]) for at in kept]
             rates.append(own[0][kept])
             reach.append(own[1][kept])
             hosts.append(held)
-        if not parts:
+        if not found:
             return None
         every_reach, every_host = np.concatenate(reach), np.concatenate(hosts)
         wanted = _undominated(every_reach, every_host)
         both = np.concatenate(rates)[wanted]
         return Choice(
             role=role,
-            parts=tuple(parts[at] for at in wanted),
+            parts=tuple(_parts(*found[at]) for at in wanted),
             prefill=both[:, 0],
             decode=both[:, 1],
             reach=every_reach[wanted],
@@ -311,9 +312,10 @@ def _undominated(reach: Floats, hosts: Ints) -> Ints:
     inverse = inverse.reshape(-1)
     order = np.argsort(inverse, kind="stable")
     sizes = np.bincount(inverse, minlength=len(placements))
-    found = list[int]()
-    for group in np.split(order, np.cumsum(sizes)[:-1]):
-        left = group
+    ends = np.cumsum(sizes)
+    found = order[ends[sizes == 1] - 1].tolist()
+    for at in np.flatnonzero(sizes > 1):
+        left = order[ends[at] - sizes[at] : ends[at]]
         while len(left):
             best = left[reach[left].sum(axis=1).argmax()]
             found.append(int(best))

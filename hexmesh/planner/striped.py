@@ -7,7 +7,7 @@ than to let KV do so. HexGen-2's spectral partition finds such plans now and the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 
 from hexmesh.cluster import Role
@@ -18,7 +18,7 @@ from hexmesh.score.places import Spans, spans_of
 
 _SHARES = (0.25, 0.4, 0.5, 0.6, 0.75)
 """Of the devices, that prefill."""
-_MANY_SPLITS = 12
+_MANY_SPLITS = 32
 _DEGREES = (1, 2, 4, 8)
 """Caps on the TP degree that are tried for a replica with given cuts."""
 
@@ -44,15 +44,20 @@ def _pairs(problem: Problem, team: Team, prefill: Team, decode: Team) -> Iterato
 
 
 def _splits(team: Team) -> Iterator[tuple[Team, Team]]:
-    """Each pool's devices in two, none of the parts empty; pools of one are left out."""
-    pools, sizes = [pool for pool, n in team if n > 1], [n for _, n in team if n > 1]
-    if math.prod(n - 1 for n in sizes) <= _MANY_SPLITS:
-        chosen = list(product(*(range(1, n) for n in sizes)))
+    """Each pool's devices in two: all ways where they are few, else by one share, and whole pools for either."""
+    pools, sizes = [pool for pool, _ in team], [n for _, n in team]
+    if math.prod(n + 1 for n in sizes) <= _MANY_SPLITS:
+        chosen = list(product(*(range(n + 1) for n in sizes)))
     else:
-        chosen = [tuple(min(max(round(n * share), 1), n - 1) for n in sizes) for share in _SHARES]
+        chosen = [tuple(min(max(round(n * share), n > 1), n - (n > 1)) for n in sizes) for share in _SHARES]
     for counts in chosen:
         rest = [n - own for n, own in zip(sizes, counts, strict=True)]
-        yield tuple(zip(pools, counts, strict=True)), tuple(zip(pools, rest, strict=True))
+        if any(counts) and any(rest):
+            yield _team(pools, counts), _team(pools, rest)
+
+
+def _team(pools: Sequence[int], counts: Sequence[int]) -> Team:
+    return tuple((pool, n) for pool, n in zip(pools, counts, strict=True) if n)
 
 
 def _cuts(problem: Problem, team: Team, prefill: Team, decode: Team) -> Iterator[Spans]:

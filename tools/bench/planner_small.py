@@ -4,8 +4,10 @@ Clusters are drawn: one to three hosts of one or two kinds of devices, 30 % at t
 free roles, strict roles, and a limit of the time per token in turn. `auto` must equal exhaustive search in all cases;
 the way that large fleets are planned ("large", without its simulations) is run on the same ones, and two of its parts.
 
+`auto` goes on from what "large" found, so the two are one search with a look in between.
+
 A run writes one JSON line a result and goes on where it stopped. Run:
-`python -m tools.bench.planner_small [--cases 300] [--algorithms auto,large,columns,annealing] [--fresh]`
+`python -m tools.bench.planner_small [--cases 300] [--algorithms auto,large,columns,annealing] [--jobs 2] [--fresh]`
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import msgspec
@@ -33,10 +36,16 @@ from hexmesh.planner.run import Run
 from hexmesh.workload import Slo, Workload
 from tools.bench.report import progress
 
+Stage = tuple[str, Callable[[Run], None]]
+
 RESULTS = Path("build") / "planner_small.jsonl"
-SEARCHES = {**ALGORITHMS, "large": auto.search_by_score}
 REFERENCE = "exhaustive"
 COMPARED = ("auto", "large", "columns", "annealing")
+STAGES: dict[str, tuple[Stage, ...]] = {
+    **{name: ((name, search),) for name, search in ALGORITHMS.items()},
+    **dict.fromkeys(("large", "auto"), (("large", auto.search_by_score), ("auto", auto.conclude))),
+}
+"""What is done for a name: searches one after the other, each with a name for what was found until then."""
 N_CASES = 300
 KINDS = ("free", "strict", "tpot")
 MODELS = ("Llama-2-70B", "OPT-30B", "Llama-2-13B")
@@ -70,14 +79,19 @@ def main() -> None:
     if arguments.fresh:
         path.unlink(missing_ok=True)
     known = read(path)
-    algorithms = [name for name in arguments.algorithms.split(",") if name in SEARCHES]
-    for case in range(arguments.cases):
-        for name in (REFERENCE, *algorithms):
-            if (case, name) not in known:
-                known[case, name] = outcome(case, name)
-                with path.open("ab") as file:
-                    file.write(msgspec.json.encode(known[case, name]) + b"\n")
-        progress(f"{case + 1} of {arguments.cases} cases")
+    algorithms = [name for name in arguments.algorithms.split(",") if name in STAGES]
+    missing = {
+        case: [name for name in (REFERENCE, *algorithms) if (case, name) not in known]
+        for case in range(arguments.cases)
+    }
+    with ProcessPoolExecutor(arguments.jobs) as pool, path.open("ab") as file:
+        asked = [pool.submit(outcomes, case, names) for case, names in missing.items() if names]
+        for n_done, done in enumerate(as_completed(asked), start=1):
+            for found in done.result():
+                known[found.case, found.algorithm] = found
+                file.write(msgspec.json.encode(found) + b"\n")
+            file.flush()
+            progress(f"{n_done} of {len(asked)} cases")
     kept = [found for (case, _), found in sorted(known.items()) if case < arguments.cases]
     print("\n".join(table(kept, algorithms)))
 
@@ -89,6 +103,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, default=RESULTS, help="where results are kept, a JSON line each"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="cases at a time, each on a processor of its own")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     return parser.parse_args()
 
@@ -105,20 +120,26 @@ def read(path: Path) -> dict[tuple[int, str], Outcome]:
     return found
 
 
-def outcome(case: int, algorithm: str) -> Outcome:
-    """One search of one case."""
+def outcomes(case: int, names: Sequence[str]) -> list[Outcome]:
+    """What those searches find for a case, each from nothing."""
+    wanted = dict.fromkeys(STAGES[name] for name in names)
+    return [found for stages in wanted for found in _outcomes(case, stages) if found.algorithm in names]
+
+
+def _outcomes(case: int, stages: Sequence[Stage]) -> Iterator[Outcome]:
     problem = problem_of(case)
     run = Run(problem=problem, rng=random.Random(case), clock=time.process_time, budget_s=BUDGET_S)
-    SEARCHES[algorithm](run)
-    return Outcome(
-        case=case,
-        kind=KINDS[case % len(KINDS)],
-        n_devices=sum(pool.size for pool in problem.pools),
-        algorithm=algorithm,
-        requests_per_s=max((one.flow.requests_per_s for one in run.best_by.values()), default=0.0),
-        elapsed_s=run.elapsed_s,
-        notes=tuple(run.notes),
-    )
+    for name, search in stages:
+        search(run)
+        yield Outcome(
+            case=case,
+            kind=KINDS[case % len(KINDS)],
+            n_devices=sum(pool.size for pool in problem.pools),
+            algorithm=name,
+            requests_per_s=max((one.flow.requests_per_s for one in run.best_by.values()), default=0.0),
+            elapsed_s=run.elapsed_s,
+            notes=tuple(run.notes),
+        )
 
 
 def problem_of(case: int) -> Problem:
@@ -185,8 +206,11 @@ def table(outcomes: Sequence[Outcome], algorithms: Sequence[str]) -> Iterator[st
             own = [one for one in outcomes if one.algorithm == name and kind in (one.kind, "all")]
             if own:
                 yield _row(name, kind, own, best)
-    unbound = [one for one in outcomes if one.algorithm == REFERENCE and one.notes]
-    yield f"\n{len(unbound)} cases have teams with more layouts than were all tried (`every_layout.MOST_LAYOUTS`)."
+    notes = [one.notes for one in outcomes if one.algorithm == REFERENCE]
+    coarse = sum(any("too many layouts" in note for note in own) for own in notes)
+    ended = sum(any("ended before" in note for note in own) for own in notes)
+    yield f"\n{coarse} cases have teams with more layouts than were all tried (`every_layout.MOST_LAYOUTS`),"
+    yield f"{ended} ended before all partitions were looked into."
     for one in outcomes:
         if one.algorithm != REFERENCE and best[one.case] > 0 and one.requests_per_s < WITHIN * best[one.case]:
             ratio = one.requests_per_s / best[one.case]

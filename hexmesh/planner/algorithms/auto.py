@@ -1,9 +1,9 @@
 """The portfolio: every search in the order in which it pays, then an exact judgement of what they found.
 
 A valid plan comes first. Replica columns give a good partition, HexGen-2's partition and HexGen's genetic search give
-others, annealing polishes the best, and cuts are aligned where KV crosses links. It stops early where the bound is
-reached. Few devices are then searched exhaustively, from what was found; of many, what the score cannot tell apart is
-simulated.
+others, annealing polishes the best, cuts are aligned where KV crosses links, and plans of few replicas are refined with
+all their layouts chosen together. It stops early where the bound is reached. Few devices are then searched
+exhaustively, from what was found; of many, what the score cannot tell apart is simulated.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from hexmesh.planner.align import align
 from hexmesh.planner.finalists import choose_finalist
 from hexmesh.planner.objective import Goodput, Throughput
 from hexmesh.planner.problem import Judged
+from hexmesh.planner.refine import Refiner
 from hexmesh.planner.run import Run
 
 EXACT_DEVICES = 8
@@ -24,29 +25,29 @@ CLOSE = 0.995
 PARTITION_DEVICES = 128
 """HexGen-2's and HexGen's searches are worth their time up to so many."""
 N_ALIGNED = 3
+"""Drafts, each of another search, whose cuts are aligned; and that are refined."""
 SEARCHED, ALIGNED = 0.75, 0.8
-"""Of the time, for searching and for aligning; the rest is for simulations."""
+"""Of the time, for searching, and for aligning and refining; the rest is for simulations."""
 COLUMNS, SLICE = 0.25, 0.08
 """Of the time, for the first search and for each that only gives annealing other starts."""
 
 
 def search(run: Run) -> None:
     """The best of all searches."""
+    search_by_score(run)
+    conclude(run)
+
+
+def conclude(run: Run) -> None:
+    """Few devices are searched exhaustively; of drafts for many the simulator chooses."""
     if sum(pool.size for pool in run.problem.pools) <= EXACT_DEVICES:
-        search_by_score(run)
         exhaustive.search(run)
     else:
-        search_large(run)
-
-
-def search_large(run: Run) -> None:
-    """As for many devices, however few there are."""
-    search_by_score(run)
-    choose_finalist(run, seed=0)
+        choose_finalist(run, seed=0)
 
 
 def search_by_score(run: Run) -> None:
-    """The same without simulations."""
+    """As for many devices, however few there are."""
     greedy.search(run)
     if run.current is not None:
         run.offer(run.current, "current")
@@ -56,9 +57,18 @@ def search_by_score(run: Run) -> None:
                 break
             one(run)
     with run.slice(until=ALIGNED):
-        for by, judged in _best(run, N_ALIGNED):
-            if not run.is_over:
-                align(run, judged, by)
+        _refine(run)
+
+
+def _refine(run: Run) -> None:
+    """The best drafts of several searches with other layouts, of other cuts and of other teams near by."""
+    refiner = Refiner(run)
+    for by, judged in _best(run, N_ALIGNED):
+        if not run.is_over and not _is_close_to_bound(run):
+            refiner.refine(align(run, judged, by))
+    for by, judged in _best(run, 1):
+        if not run.is_over:
+            align(run, judged, by)
 
 
 def _searches(run: Run) -> Iterator[tuple[Callable[[Run], None], float]]:

@@ -4,14 +4,9 @@
 2. Every team gets its wanted layouts in each role (`hexmesh.planner.every_layout`). Layouts that differ in where layers
    lie are kept side by side: fixing each team's layout before flows are known loses up to 26 times on slow links, where
    cuts of prefill and decode replicas must be aligned.
-3. Partitions, roles, and then layouts team by team are taken in the order of an upper bound, until the next bound is no
-   better than the best plan. Without links, requests are limited by prompts and outputs alike, so for any price w of a
-   prompt and 1 - w of an output
-
-       rate <= sum over replicas of the most that w x + (1 - w) y comes to
-
-   and the least over w bounds it; a replica for prompts or outputs alone does no more than can be handed over
-   (`hexmesh.planner.handoff_caps`). What is left is judged by the flow program itself.
+3. Partitions, roles, and then layouts team by team are taken in the order of an upper bound (`hexmesh.planner.cell`),
+   until the next bound is no better than the best plan. What is left is judged by the flow program itself, and the
+   prices at which that sells out bound what is like it.
 
 Exact (to one part in a million) for the objectives throughput, goodput and cost where every team has few enough layouts
 to have them all, which the run's notes say; for "mixed" up to what 65 directions of its polygon tell apart. Else exact
@@ -28,20 +23,16 @@ from dataclasses import dataclass, field
 from itertools import combinations_with_replacement, groupby, product
 
 import numpy as np
-import numpy.typing as npt
 
 from hexmesh.cluster import Role
 from hexmesh.planner.align import align
-from hexmesh.planner.every_layout import PRICES, Choice, EveryLayout
-from hexmesh.planner.handoff_caps import HandoffCaps
+from hexmesh.planner.cells import Cells, look_into
+from hexmesh.planner.every_layout import Choice
 from hexmesh.planner.objective import Latency, LeastCost
 from hexmesh.planner.partitions import n_teams_within, partitions, teams_within
 from hexmesh.planner.pools import ROLES, Team
 from hexmesh.planner.problem import Draft, Judged, Problem
 from hexmesh.planner.run import Run
-from hexmesh.score.plan_score import kv_layer_bytes
-
-Floats = npt.NDArray[np.float64]
 
 SMALL = 8
 """Devices up to which the search is meant to be exact."""
@@ -88,22 +79,19 @@ class _Search:
     most_of_cell: int = MOST_JUDGED
     """Drafts of one partition and its roles."""
     left_of_cell: int = MOST_JUDGED
-    layouts: EveryLayout = field(init=False)
-    caps: HandoffCaps = field(init=False)
+    cells: Cells = field(init=False)
     teams: list[Team] = field(init=False)
     choices: list[dict[Role, Choice]] = field(init=False)
 
     def __post_init__(self) -> None:
         problem = self.run.problem
-        self.layouts = EveryLayout(problem)
-        self.caps = HandoffCaps(problem.cluster, kv_layer_bytes(problem.capacities))
+        self.cells = Cells(problem)
         found = [
             (team, choices)
             for team in teams_within(tuple(pool.size for pool in problem.pools))
-            if not self.run.is_over and _may_hold(problem, team) and (choices := self.layouts.of(team))
+            if not self.run.is_over and _may_hold(problem, team) and (choices := self.cells.layouts.of(team))
         ]
         self.teams, self.choices = [team for team, _ in found], [choices for _, choices in found]
-        self._caps = dict[tuple[int, Role, int, Role], Floats]()
         if self.run.best is not None:
             self.rate = self.run.best.flow.requests_per_s
 
@@ -237,104 +225,25 @@ class _Search:
             if bound <= self.rate * _BETTER or self.is_over:
                 return
             self.left_of_cell = self.most_of_cell
-            self._descend(_Cell(self, node.teams, roles), {})
+            grouped = tuple((self.teams[team], role) for team, role in zip(node.teams, roles, strict=True))
+            cell = self.cells.of(grouped)
+            assert cell is not None
+            look_into(cell, self._judge, self._enough)
 
     def _free_bound(self, teams: Sequence[int], roles: Sequence[Role]) -> float:
         reach = [self.choices[team][role].furthest for team, role in zip(teams, roles, strict=True)]
         return float(np.sum(reach, axis=0).min())
 
-    def _descend(self, cell: _Cell, chosen: dict[int, int]) -> None:
-        """Layouts of one team after the other."""
-        if len(chosen) == len(cell.choices):
-            self._judge(cell.draft(chosen))
-            return
-        at = next(at for at in cell.order if at not in chosen)
-        bounds = cell.bounds(chosen, at)
-        for layout in np.argsort(-bounds, kind="stable"):
-            if bounds[layout] <= self.rate * _BETTER or self.left_of_cell <= 0 or self.is_over:
-                return
-            self._descend(cell, {**chosen, at: int(layout)})
+    def _enough(self) -> float:
+        """What a draft must promise more than; nothing does when the search, or this part of it, is over."""
+        return float("inf") if self.left_of_cell <= 0 or self.is_over else self.rate * _BETTER
 
-    def _judge(self, draft: Draft | None) -> None:
-        if draft is None:
-            return
+    def _judge(self, draft: Draft) -> Judged:
         self.n_judged += 1
         self.left_of_cell -= 1
         judged = self.run.offer(draft, BY)
         self.rate = max(self.rate, judged.flow.requests_per_s)
-
-    def cap(self, source: tuple[int, Role], target: tuple[int, Role]) -> Floats:
-        """By placements of both."""
-        key = (*source, *target)
-        if key not in self._caps:
-            a, b = self.choices[source[0]][source[1]], self.choices[target[0]][target[1]]
-            self._caps[key] = self.caps.of(a.placements[0], b.placements[0])
-        return self._caps[key]
-
-
-class _Cell:
-    """A partition with its roles: layouts are left to choose."""
-
-    def __init__(self, owner: _Search, teams: Sequence[int], roles: Sequence[Role]) -> None:
-        self._problem = owner.run.problem
-        self._roles = roles
-        self.choices = [owner.choices[team][role] for team, role in zip(teams, roles, strict=True)]
-        keys = list(zip(teams, roles, strict=True))
-        n = len(keys)
-        self._caps = {
-            (p, d): owner.cap(keys[p], keys[d])
-            for p in range(n)
-            for d in range(n)
-            if p != d and roles[p] != "decode" and roles[d] != "prefill"
-        }
-        self.order = sorted(range(n), key=lambda at: len(self.choices[at].parts))
-
-    def bounds(self, chosen: dict[int, int], at: int) -> Floats:
-        """Of each layout of team `at`, given some of the others'."""
-        total: Floats = np.zeros((1, len(PRICES)))
-        for team, choice in enumerate(self.choices):
-            if self._roles[team] == "mixed":
-                total = total + self._reach(chosen, at, team)
-                continue
-            is_prefill = self._roles[team] == "prefill"
-            rate = choice.prefill if is_prefill else choice.decode
-            most = rate if team == at else np.array([rate[chosen[team]] if team in chosen else rate.max()])
-            handed: Floats | float = 0.0
-            for p, d in self._caps:
-                if team == (p if is_prefill else d):
-                    handed = handed + self._cap(chosen, at, p, d)
-            most = np.minimum(most, handed)
-            total = total + most[:, None] * (PRICES if is_prefill else 1 - PRICES)
-        found: Floats = np.broadcast_to(total.min(axis=1), (len(self.choices[at].parts),))
-        return found
-
-    def _reach(self, chosen: dict[int, int], at: int, team: int) -> Floats:
-        choice = self.choices[team]
-        if team == at:
-            return choice.reach
-        return (choice.reach[chosen[team]] if team in chosen else choice.furthest)[None, :]
-
-    def _cap(self, chosen: dict[int, int], at: int, p: int, d: int) -> Floats:
-        """Of each layout of team `at`, or the one number that holds for all."""
-        caps = self._caps[p, d]
-        for axis, team in ((0, p), (1, d)):
-            placement_of = self.choices[team].placements[1]
-            if team == at:
-                caps = np.take(caps, placement_of, axis=axis)
-            elif team in chosen:
-                caps = np.take(caps, [placement_of[chosen[team]]], axis=axis)
-            else:
-                caps = caps.max(axis=axis, keepdims=True)
-        return caps.reshape(-1)
-
-    def draft(self, chosen: dict[int, int]) -> Draft | None:
-        """None where the score does not agree that a layout does anything (at the last bit of a limit)."""
-        found = [
-            self._problem.layouts.rated(self.choices[at].parts[chosen[at]], self._roles[at])
-            for at in range(len(self.choices))
-        ]
-        layouts = tuple(layout for layout in found if layout is not None)
-        return layouts if len(layouts) == len(found) else None
+        return judged
 
 
 def _roles(teams: Sequence[int], choices: Sequence[dict[Role, Choice]]) -> Iterator[tuple[Role, ...]]:
