@@ -74,7 +74,8 @@ def whole_bound(
             program.balance("outputs", at, outputs)
             for pool, count in team:
                 program.use(pool, at, count, sizes[pool])
-    return program.most_of_integers(gap=_GAP, max_nodes=_MAX_NODES, limit_s=_LIMIT_S) * _ROUNDING
+    most = program.most_of_integers(gap=_GAP, max_nodes=_MAX_NODES, limit_s=_LIMIT_S)
+    return max(0.0, most) * _ROUNDING
 
 
 def _tilted(capacities: Capacities) -> dict[float, Capacities]:

@@ -78,7 +78,7 @@ def test_whole_replicas_bring_the_bound_near_a_plan_for_one_host() -> None:
 
 def test_a_device_more_never_lowers_it() -> None:
     bounds = [_long_requests(n).near_bound_requests_per_s for n in range(1, 6)]
-    assert bounds[0] == 0.0
+    assert f"{bounds[0]}" == "0.0"
     assert all(before <= after * (1 + 3e-6) for before, after in pairwise(bounds))
 
 
