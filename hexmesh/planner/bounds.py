@@ -15,4 +15,4 @@ def bound_for(problem: Problem) -> float:
         case Latency():
             return latency_bound(problem.cluster, problem.capacities)
         case _:
-            return problem.bound_requests_per_s
+            return problem.near_bound_requests_per_s

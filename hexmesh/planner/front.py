@@ -84,7 +84,7 @@ def search(
     return Found(
         algorithm=algorithm,
         best=best,
-        bound_requests_per_s=problem.bound_requests_per_s,
+        bound_requests_per_s=_most_served(problem),
         bound=bound,
         gap=_gap(problem, best, bound),
         trace=tuple(run.trace),
@@ -113,6 +113,11 @@ ALGORITHMS: Mapping[str, Search] = {
     "greedy": greedy.search,
 }
 """All searches by name, the portfolio first."""
+
+
+def _most_served(problem: Problem) -> float:
+    is_objective = isinstance(problem.objective, Throughput | Goodput)
+    return problem.near_bound_requests_per_s if is_objective else problem.bound_requests_per_s
 
 
 def _gap(problem: Problem, best: Judged | None, bound: float) -> float:

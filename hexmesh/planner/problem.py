@@ -19,6 +19,7 @@ from hexmesh.plan import DtypeName
 from hexmesh.planner.layouts import Layout, Layouts
 from hexmesh.planner.objective import WORTHLESS, Figures, Latency, Objective, Worth, within
 from hexmesh.planner.pools import ROLES, Part, Pool, Team, pools_of, team_of
+from hexmesh.planner.whole_bound import whole_bound
 from hexmesh.score import (
     Capacities,
     FlowScore,
@@ -102,6 +103,12 @@ class Problem:
     def bound_requests_per_s(self) -> float:
         """No plan of any kind serves more, by this score."""
         return fluid_bound(self.cluster, self.capacities, self.roles)
+
+    @cached_property
+    def near_bound_requests_per_s(self) -> float:
+        """The same, nearer for a few devices: a second's work once there are plans to compare with it."""
+        whole = whole_bound(self.cluster, self.pools, self.layouts, self.capacities, self.roles)
+        return min(self.bound_requests_per_s, whole)
 
     @cached_property
     def _prices_per_h(self) -> dict[str, float]:
