@@ -3,7 +3,8 @@
     round trip - computing - queueing at stages = sum over ways of (delay + overhead) + sum over hops of bytes / rate
 
 The ways are the hops between hosts and the sampled tokens' way back; only the driver's clock is needed. Steps that
-carry a prompt are left out (their bytes are what counts in them), and so are those that queued. Which way took what
+carry a prompt are left out (their bytes are what counts in them), and so are those that queued. What disturbs a step on
+its way only adds, so the lower quartile counts: a median doubles by what else runs on a host. Which way took what
 cannot be told, so the overhead is one of a driver's pipelines, and of a mesh the median of what its drivers tell: were
 hosts that are in no pipeline yet better off than those that are, plans would move there for nothing.
 """
@@ -70,8 +71,8 @@ class WayFit:
 
     def way_s(self, links: Links) -> float | None:
         """The overhead of a way by links as they were measured; None while trips are too few."""
-        found = [one for trips in self._seen.values() for one in _beside(trips, links)]
-        return min(max(0.0, median(found)), MOST_WAY_S) if len(found) >= _LEAST_TRIPS else None
+        found = sorted(one for trips in self._seen.values() for one in _beside(trips, links))
+        return min(max(0.0, found[len(found) // 4]), MOST_WAY_S) if len(found) >= _LEAST_TRIPS else None
 
 
 def _beside(trips: Iterable[Trip], links: Links) -> Iterator[float]:

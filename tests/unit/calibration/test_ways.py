@@ -71,12 +71,18 @@ def test_the_overhead_stays_within_bounds() -> None:
     assert fitted([trip(way_s=1.0)] * 20) == MOST_WAY_S
 
 
-def test_few_steps_alone_weigh_as_much_as_many_in_company() -> None:
+def test_few_steps_alone_count_beside_many_in_company() -> None:
     fit = WayFit()
-    for n_rows, way_s, n in ((8, 0.004, 1000), (1, 0.002, 24)):
+    for n_rows, way_s, n in ((8, 0.004, 1000), (1, TRUE_S, 24)):
         for _ in range(n):
             fit.observe(trip(way_s=way_s), n_rows=n_rows, n_tokens=n_rows, queue_s=0.0)
-    assert fit.way_s(LINKS) == pytest.approx(0.003)
+    assert fit.way_s(LINKS) == pytest.approx(TRUE_S)
+
+
+def test_what_disturbs_more_than_half_of_the_steps_changes_little() -> None:
+    rng = random.Random(2)
+    trips = [trip(way_s=TRUE_S + (rng.uniform(0, 0.01) if at % 3 else 0.0)) for at in range(60)]
+    assert fitted(trips) == pytest.approx(TRUE_S, rel=0.1)
 
 
 def test_links_become_longer_by_the_median_of_what_is_told() -> None:
