@@ -103,12 +103,14 @@ class Calibrator:
             found = await asyncio.to_thread(known.fit.copy().factors)
             if found is not None and found.differs(known.told, NEWS):
                 log.info(
-                    "device %d reaches flops=%.2f bytes=%.2f of what was measured; launch_s=%.6f step_s=%.5f",
+                    "device %d reaches flops=%.2f bytes=%.2f of what was measured; "
+                    "launch_s=%.6f step_s=%.5f row_s=%.6f",
                     index,
                     found.flops,
                     found.bytes,
                     found.launch_s,
                     found.step_s,
+                    found.row_s,
                 )
                 known.told, is_news = found, True
         if is_news:

@@ -32,6 +32,8 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     """What it sustains: measured with a GEMM in the mesh's compute dtype, or from the catalogue."""
     bytes_per_s: float
     """Sustained read bandwidth of the device's memory."""
+    row_s: float = 0.0
+    """Of a layer, what each sequence in a step takes beside what the rates explain."""
 
 
 class Nic(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,13 +3,13 @@
 Symbols: t devices share the layer (TP), W its weight bytes, F FLOPs of a token, K KV bytes of a token, H bytes of a
 hidden state, phi and beta what a device sustains in FLOP/s and bytes/s, b sequences in a step, ctx their context.
 
-    prefill of s tokens   max(s (F + s A / 2) / (t phi), W / (t beta)) + 2 AR(t, s H) + launch
-    decode step           max((W + b ctx K) / (t beta), b (F + ctx A) / (t phi)) + 2 AR(t, b H) + launch
+    prefill of s tokens   max(s (F + s A / 2) / (t phi), W / (t beta)) + 2 AR(t, s H) + launch + row
+    decode step           max((W + b ctx K) / (t beta), b (F + ctx A) / (t phi)) + 2 AR(t, b H) + launch + b row
     all-reduce of x       AR(t, x) = 2 (t - 1) (step + x / (t rate)), a ring
 
 A is the attention's FLOPs for one token of context; a layer with a window sees no more than that of it; of an
-expert layer, the experts that the step's tokens pick are read. KV of few heads or of latents is copied to ranks,
-not dealt out.
+expert layer, the experts that the step's tokens pick are read; `row` is what a sequence takes besides, on CPUs a call
+of the attention. KV of few heads or of latents is copied to ranks, not dealt out.
 After HexGen's cost model, which HexGen-2 costs its strategies by; differs: a maximum of memory and compute
 instead of their sum, exact counts, and measured efficiencies in phi, beta, step and rate.
 """
@@ -68,7 +68,10 @@ class Roofline:
         compute_s = n_tokens * (layer.flops_per_token + seen * self.spec.attention_flops) / device.flops_per_s
         memory_s = layer.params_read(n_tokens) * DTYPE_BYTES[self.dtype] / device.bytes_per_s
         return (
-            max(compute_s, memory_s) / tp + group.all_reduces_s(n_tokens * self.hidden_bytes) + group.launch_s
+            max(compute_s, memory_s) / tp
+            + group.all_reduces_s(n_tokens * self.hidden_bytes)
+            + group.launch_s
+            + device.row_s
         )
 
     def decode_layer_s(self, group: Group, layer: LayerSpec, batch: float, context_tokens: float) -> float:
@@ -82,6 +85,7 @@ class Roofline:
             max(memory_s, flops / device.flops_per_s)
             + group.all_reduces_s(batch * self.hidden_bytes)
             + group.launch_s
+            + batch * device.row_s
         )
 
     def head_s(self, group: Group, batch: float) -> float:

@@ -12,7 +12,7 @@ from hexmesh.cluster import Node
 
 MOST = 8.0
 """A factor is within this and its inverse: beyond, something else is wrong than a figure."""
-MOST_LAUNCH_S, MOST_STEP_S = 5e-3, 5e-2
+MOST_LAUNCH_S, MOST_STEP_S, MOST_ROW_S = 5e-3, 5e-2, 2e-3
 
 _Factor = Annotated[float, msgspec.Meta(ge=1 / MOST, le=MOST)]
 
@@ -28,6 +28,8 @@ class Factors(msgspec.Struct, frozen=True, kw_only=True):
     """Of a layer, beside what its rates explain."""
     step_s: Annotated[float, msgspec.Meta(ge=0, le=MOST_STEP_S)]
     """Of a step, beside its layers."""
+    row_s: Annotated[float, msgspec.Meta(ge=0, le=MOST_ROW_S)] = 0.0
+    """Of a layer, for each sequence in the step."""
     n_steps: Annotated[int, msgspec.Meta(ge=0)]
     """How many it was fitted to."""
 
@@ -39,6 +41,7 @@ class Factors(msgspec.Struct, frozen=True, kw_only=True):
             (self.flops, other.flops),
             (self.bytes, other.bytes),
             (self.launch_s + self.step_s, other.launch_s + other.step_s),
+            (self.row_s, other.row_s),
         )
         return any(abs(one - before) > share * max(before, 1e-6) for one, before in pairs)
 
@@ -54,6 +57,7 @@ def applied(node: Node, factors: Mapping[int, Factors]) -> Node:
             device,
             flops_per_s=device.flops_per_s * known.flops,
             bytes_per_s=device.bytes_per_s * known.bytes,
+            row_s=known.row_s,
         )
         for device in node.devices
     )

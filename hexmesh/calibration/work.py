@@ -27,6 +27,7 @@ class Work:
     """Of one step on one stage."""
 
     n_layers: int
+    n_rows: int
     n_tokens: int
     read_bytes: float
     flops: float
@@ -46,6 +47,7 @@ def work_of(spec: ModelSpec, dtype: DtypeName, start: int, stop: int, rows: Iter
     itemsize, head = DTYPE_BYTES[dtype], spec.head_matmul_params if n_heads else 0
     return Work(
         n_layers=stop - start,
+        n_rows=len(seen),
         n_tokens=n_tokens,
         read_bytes=read * itemsize,
         flops=flops,

@@ -312,7 +312,8 @@ def _check_figures(record: NodeRecord) -> None:
         device = facts.device
         if _CONTROL.search(device.name) or len(device.name) > MAX_TEXT:
             raise _bad(f"{short(record.node)} gives device {device.index} a name that nobody can show")
-        if not (_is_rate(device.flops_per_s) and _is_rate(device.bytes_per_s) and device.budget_bytes > 0):
+        rates = device.flops_per_s, device.bytes_per_s
+        if not (all(map(_is_rate, rates)) and device.budget_bytes > 0 and 0 <= device.row_s < math.inf):
             raise _bad(f"{short(record.node)} reports impossible figures for device {device.index}: {device}")
     if len({facts.device.index for facts in record.devices}) != len(record.devices):
         raise _bad(f"{short(record.node)} reports two devices of one index")

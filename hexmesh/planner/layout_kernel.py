@@ -130,7 +130,7 @@ def _packed_option(tables: Tables, option: Option) -> list[float]:
         tp,
         itemsize / device.bytes_per_s / tp,
         group.launch_s + group.all_reduces_s(0.0),
-        token_s,
+        token_s + device.row_s,
         group.step_s,
         head * itemsize / device.bytes_per_s / tp,
         2 * head / device.flops_per_s / tp,

@@ -175,7 +175,7 @@ class RatesOfMany:
                     layer.flops_per_token + seen * spec.decode_attention_flops
                 ) * flop_s
                 found["fixed"][kind, at] = still_s + group.launch_s
-                found["slope"][kind, at] = group.all_reduces_s(hidden) - still_s
+                found["slope"][kind, at] = group.all_reduces_s(hidden) - still_s + device.row_s
             steps["step"][at] = group.step_s
             steps["head_read"][at] = params * byte_s / group.tp
             steps["head_counted"][at] = 2 * params * flop_s

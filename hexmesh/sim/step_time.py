@@ -4,7 +4,7 @@ Per layer of a group of t devices, with T tokens: decoding rows at contexts c, a
 
     bytes   params read by T tokens / t + (sum of c and of p) x KV of a rank
     FLOPs   (T F + sum of c x A_decode + sum of n (p + n/2) x A) / t
-    layer   max(bytes / beta, FLOPs / phi) + 2 AR(T tokens) + launch
+    layer   max(bytes / beta, FLOPs / phi) + 2 AR(T tokens) + launch + rows x row
 
 For decoding rows alone that is `Roofline.decode_layer_s`, for one whole prompt `prefill_layer_s`. Where both are in
 one step, the decoding rows' reading and the prompt's computing overlap, as they do where all tokens go through one
@@ -40,6 +40,7 @@ class Attended:
 class StepLoad:
     """A step's rows, as far as time depends on them."""
 
+    n_rows: int
     n_tokens: int
     n_heads: int
     """Tokens whose logits are wanted."""
@@ -49,11 +50,12 @@ class StepLoad:
 
 def load_of(rows: Iterable[ScheduledRow], windows: Iterable[int | None]) -> StepLoad:
     """Add up a step's rows, for layers of these windows."""
-    n_tokens = n_heads = n_decoding = seen = 0
+    n_rows = n_tokens = n_heads = n_decoding = seen = 0
     contexts: list[int] = []
     chunks: list[tuple[int, int]] = []
     for row in rows:
         n_new = row.n_tokens
+        n_rows += 1
         n_tokens += n_new
         if n_new == 1:
             n_decoding += 1
@@ -71,7 +73,7 @@ def load_of(rows: Iterable[ScheduledRow], windows: Iterable[int | None]) -> Step
             sum(_clipped(start, window) for start, _ in chunks),
             sum(_area(stop, window) - _area(start, window) for start, stop in chunks),
         )
-    return StepLoad(n_tokens, n_heads, attended)
+    return StepLoad(n_rows, n_tokens, n_heads, attended)
 
 
 def decode_load(contexts: Sequence[int], n_later: int, windows: Iterable[int | None]) -> StepLoad:
@@ -87,7 +89,7 @@ def decode_load(contexts: Sequence[int], n_later: int, windows: Iterable[int | N
         )
         for window in windows
     }
-    return StepLoad(n, n, attended)
+    return StepLoad(n, n, n, attended)
 
 
 class StageTimes:
@@ -103,14 +105,14 @@ class StageTimes:
         self._param_s = DTYPE_BYTES[dtype] / device.bytes_per_s / tp
         self._kv_token_s = spec.kv_values_per_rank(tp) * DTYPE_BYTES[dtype] / device.bytes_per_s
         self._flop_s = 1 / device.flops_per_s / tp
+        self._row_s = self._n_layers * device.row_s
         self._fixed_s = self._n_layers * seat.group.launch_s + seat.group.step_s
 
     def seconds(self, load: StepLoad) -> float:
         """Of one step."""
         n_tokens = load.n_tokens
-        total_s = self._fixed_s + self._n_layers * self._group.all_reduces_s(
-            n_tokens * self._model.hidden_bytes
-        )
+        total_s = self._fixed_s + load.n_rows * self._row_s
+        total_s += self._n_layers * self._group.all_reduces_s(n_tokens * self._model.hidden_bytes)
         for layer, n in self._kinds:
             total_s += n * self._layer_s(layer, n_tokens, load.attended[layer.window_tokens])
         if self._is_last and load.n_heads:

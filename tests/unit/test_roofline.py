@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -53,6 +55,18 @@ def _request_s(name: str, tp: int, prompt_tokens: int) -> tuple[float, float]:
     prefill_s = n_layers * MODEL.prefill_layer_s(group, LAYER, prompt_tokens)
     token_s = n_layers * MODEL.decode_layer_s(group, LAYER, 1, prompt_tokens)
     return prefill_s + MODEL.head_s(group, 1) + added_s, token_s + MODEL.head_s(group, 1) + added_s
+
+
+def test_each_sequence_of_a_step_takes_its_own_time_beside_the_rates() -> None:
+    group = _group("A100-SXM-80GB")
+    slower = replace(group, device=msgspec.structs.replace(group.device, row_s=1e-5))
+    for batch in (1, 8, 300):
+        more_s = MODEL.decode_layer_s(slower, LAYER, batch, 500) - MODEL.decode_layer_s(
+            group, LAYER, batch, 500
+        )
+        assert more_s == pytest.approx(batch * 1e-5)
+    more_s = MODEL.prefill_layer_s(slower, LAYER, 700) - MODEL.prefill_layer_s(group, LAYER, 700)
+    assert more_s == pytest.approx(1e-5)
 
 
 @pytest.mark.parametrize(("name", "ms"), [("H100-SXM", 0.625), ("A100-SXM-80GB", 1.118), ("A40", 3.228)])

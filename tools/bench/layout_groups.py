@@ -147,6 +147,7 @@ def _random_cluster(rng: random.Random, spec: ModelSpec, n_devices: int) -> Clus
         )
         for _ in range(rng.randint(1, 3))
     ]
+    kinds = [replace(kind, row_s=(0.0, 1e-6, 2e-5)[kind.budget_bytes % 3]) for kind in kinds]
     n_hosts = min(n_devices, rng.randint(1, 3))
     hosts = [[rng.choice(kinds)] for _ in range(n_hosts)]
     for _ in range(n_devices - n_hosts):

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 import pytest
+from msgspec.structs import replace
 
 from hexmesh.calibration import Factors, Fit, applied, work_of
 from hexmesh.calibration.work import Work
@@ -25,7 +26,7 @@ SPEC = model_spec_from_config(
     }
 )
 MEASURED = Device(index=0, kind="cpu", name="cpu", budget_bytes=2**34, flops_per_s=1e12, bytes_per_s=2e10)
-TRUE = Factors(flops=0.6, bytes=0.8, launch_s=1.5e-4, step_s=3e-3, n_steps=0)
+TRUE = Factors(flops=0.6, bytes=0.8, launch_s=1.5e-4, step_s=3e-3, row_s=2e-4, n_steps=0)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ def seconds_of(work: Work, true: Factors) -> float:
     beta, phi = MEASURED.bytes_per_s * true.bytes, MEASURED.flops_per_s * true.flops
     layers_s = max(work.read_bytes / beta, work.flops / phi)
     head_s = max(work.head_bytes / beta, work.head_flops / phi)
-    return layers_s + head_s + work.n_layers * true.launch_s + true.step_s
+    overhead_s = work.n_layers * (true.launch_s + work.n_rows * true.row_s) + true.step_s
+    return layers_s + head_s + overhead_s
 
 
 def steps(rng: random.Random, n: int) -> list[Work]:
@@ -79,7 +81,9 @@ def test_without_noise_the_true_figures_come_back(seed: int) -> None:
     found = fitted(TRUE, seed)
     assert found.flops == pytest.approx(0.6, rel=0.02)
     assert found.bytes == pytest.approx(0.8, rel=0.02)
-    assert 11 * found.launch_s + found.step_s == pytest.approx(11 * 1.5e-4 + 3e-3, rel=0.1)
+    assert 11 * found.launch_s + found.step_s == pytest.approx(11 * 1.5e-4 + 3e-3, rel=0.2)
+    assert found.row_s == pytest.approx(2e-4, rel=0.01)
+    assert worst_error(found, TRUE, seed + 100) < 0.01
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -125,7 +129,7 @@ def test_figures_stay_within_bounds_and_few_steps_say_nothing() -> None:
     found = fit.factors()
     assert found is not None
     assert (found.flops, found.bytes) == (8.0, 8.0)
-    assert found.launch_s == found.step_s == 0.0
+    assert found.launch_s == found.step_s == found.row_s == 0.0
 
 
 def test_work_is_what_the_roofline_counts() -> None:
@@ -150,11 +154,12 @@ def test_a_node_gets_its_devices_factors() -> None:
     corrected = applied(node, {0: TRUE})
     assert corrected.devices[0].flops_per_s == pytest.approx(6e11)
     assert corrected.devices[0].bytes_per_s == pytest.approx(1.6e10)
-    assert (corrected.launch_s, corrected.step_s) == (1.5e-4, 3e-3)
+    assert (corrected.launch_s, corrected.step_s, corrected.devices[0].row_s) == (1.5e-4, 3e-3, 2e-4)
 
 
 def test_factors_differ_by_a_share() -> None:
-    near = Factors(flops=0.63, bytes=0.8, launch_s=1.5e-4, step_s=3e-3, n_steps=9)
+    near = replace(TRUE, flops=0.63)
     assert TRUE.differs(None, 0.1)
     assert not near.differs(TRUE, 0.1)
     assert near.differs(TRUE, 0.01)
+    assert replace(TRUE, row_s=3e-4).differs(TRUE, 0.1)

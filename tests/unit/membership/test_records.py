@@ -223,6 +223,8 @@ def test_a_record_of_a_large_mesh_fits() -> None:
     "wrong",
     [
         {"devices": (device(flops_per_s=0.0),)},
+        {"devices": (device(row_s=-1e-6),)},
+        {"devices": (device(row_s=math.inf),)},
         {"devices": (device(flops_per_s=math.nan),)},
         {"devices": (device(bytes_per_s=math.inf),)},
         {"devices": (device(budget_bytes=-1),)},

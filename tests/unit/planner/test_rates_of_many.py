@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -48,9 +49,15 @@ TIED = model_spec_from_config(
 
 
 def _problem(seed: int, spec: ModelSpec, slo: Slo) -> Problem:
-    base = problem(
-        cluster(random.Random(seed), 4, 5), 5, slo=slo, workload=Workload.of(CLASSES["LPHD"], slo=slo)
+    fleet = cluster(random.Random(seed), 4, 5)
+    nodes = tuple(
+        msgspec.structs.replace(
+            node, devices=tuple(msgspec.structs.replace(one, row_s=1e-5) for one in node.devices)
+        )
+        for node in fleet.nodes
     )
+    fleet = msgspec.structs.replace(fleet, nodes=nodes)
+    base = problem(fleet, 5, slo=slo, workload=Workload.of(CLASSES["LPHD"], slo=slo))
     return replace(base, spec=spec)
 
 

@@ -71,6 +71,7 @@ def _clusters(draw: st.DrawFn) -> Cluster:
             "budget_bytes": draw(st.integers(2**27, 2**31)),
             "flops_per_s": draw(st.floats(1e12, 1e14)),
             "bytes_per_s": draw(st.floats(1e10, 1e12)),
+            "row_s": draw(st.sampled_from([0.0, 1e-5])),
         }
         for _ in range(2)
     ]

@@ -51,6 +51,7 @@ def groups(draw: st.DrawFn) -> Group:
         budget_bytes=2**34,
         flops_per_s=draw(st.floats(1e12, 1e15)),
         bytes_per_s=draw(st.floats(1e11, 1e13)),
+        row_s=draw(st.sampled_from([0.0, 1e-5])),
     )
     fabric = Fabric(kind="", bytes_per_s=draw(st.floats(1e9, 1e12)), step_s=draw(st.floats(0, 1e-5)))
     return Group(

@@ -56,7 +56,7 @@ def test_one_stage_with_equal_prompts_is_an_m_d_1_queue(load: float) -> None:
     capacities = capacities_of(SMALL, Workload.of(lengths))
     one = replica("r", "mixed", [("n0", (0,), 0, 8)], cluster, capacities)
     times = StageTimes(pipeline_of(one.stages, cluster).seats[0], SMALL, "float16")
-    service_s = times.seconds(StepLoad(256, 1, {None: Attended(0, 0, 256 * 256 / 2)}))
+    service_s = times.seconds(StepLoad(1, 256, 1, {None: Attended(0, 0, 256 * 256 / 2)}))
     workload = Workload.of(lengths, PoissonArrivals(requests_per_s=load / service_s))
     found = simulate(plan_of([one], SMALL, cluster), cluster, SMALL, workload, n_requests=8000, seed=3)
     wait_s = load * service_s / (2 * (1 - load))
