@@ -25,8 +25,8 @@ CLOSE = 0.03
 MAX_FINALISTS = 3
 MIN_REQUESTS, MAX_REQUESTS = 2_000, 12_000
 """Simulated for a draft. Where drafts hold so many sequences that the rate would not settle, the score decides."""
-TOKEN_S = 12e-6
-"""Of an output token, simulated: what does not fit into the time that is left is not begun."""
+REQUEST_S, TOKEN_S = 5e-4, 4e-6
+"""What a request and an output token take to simulate: what does not fit into the time that is left is not begun."""
 TELLS = 0.02
 """What two runs of one plan differ by."""
 

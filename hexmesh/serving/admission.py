@@ -2,6 +2,10 @@
 
 A sequence whose next missing block is just being computed by a running one waits for it, as long as that one gets on.
 One that finds too few blocks may be passed by smaller ones behind it, but not for ever.
+
+KV that waits to be handed over holds blocks that nobody computes with. Where the way or the other end is slower than
+the prompts, more and more of it would wait, until hardly a sequence decodes here: so where some stay, it may hold but a
+small share of the pool, and prompts for others wait meanwhile.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ LOOK_AHEAD = 8
 """How many sequences that find no room are looked at in one step."""
 MAX_PASSES = 32
 """How many may pass the first one that finds no room."""
+LEAVING_DIVISOR, LEAST_LEAVING = 16, 4
+"""Of a pool's blocks, those that may wait to be handed over; and so many sequences may, however large they are."""
 
 
 class Admission:
@@ -44,9 +50,15 @@ class Admission:
         self._stuck_at = None
         self._awaited.pop(sequence, None)
 
-    def admit(self, n_running: int, max_running: int, last_step: int) -> list[Sequence]:
-        """Take from the queue what may run now; blocks for all of their tokens are in their tables."""
+    def admit(
+        self, n_running: int, max_running: int, last_step: int, *, n_leaving: int = 0
+    ) -> list[Sequence]:
+        """Take from the queue what may run now; blocks for all of their tokens are in their tables.
+
+        Of the running ones `n_leaving` are computed for other replicas.
+        """
         started: list[Sequence] = []
+        some_stay = n_running > n_leaving or any(not waiting.kept_s for waiting in self.waiting)
         n_refused = n_following = 0
         for sequence in self.waiting:
             n_after = n_running + len(started)
@@ -54,6 +66,8 @@ class Admission:
                 break
             if sequence.reuses_prefix and self._waits_for_maker(sequence, last_step):
                 n_following += 1
+                continue
+            if sequence.kept_s and some_stay and self._is_way_full(sequence):
                 continue
             if self._start(sequence, n_after, last_step):
                 started.append(sequence)
@@ -87,6 +101,11 @@ class Admission:
         for name in self._promised.pop(sequence, ()):
             if self._makers.get(name) is sequence:
                 del self._makers[name]
+
+    def _is_way_full(self, sequence: Sequence) -> bool:
+        n_needed = self._pool.blocks_for(len(sequence.tokens))
+        most = max(LEAST_LEAVING * n_needed, self._pool.n_blocks // LEAVING_DIVISOR)
+        return self._pool.n_leased + n_needed > most
 
     def _is_passed_enough(self, sequence: Sequence) -> bool:
         if sequence is not self._first_refused:

@@ -376,7 +376,10 @@ class Batcher:
     def _take_up(self) -> None:
         if not self._admission.waiting:
             return
-        for sequence in self._admission.admit(len(self._running), self.limits.max_running, self._last_step):
+        n_leaving = sum(sequence.kept_s > 0 for sequence in self._prefilling)
+        for sequence in self._admission.admit(
+            len(self._running), self.limits.max_running, self._last_step, n_leaving=n_leaving
+        ):
             self._running[sequence] = None
             if sequence.awaits_kv:
                 sequence.n_in_flight += 1

@@ -169,3 +169,33 @@ def test_nameless_blocks_are_free_at_the_end_and_found_by_nobody() -> None:
         assert _step(batcher) == [(name, 1)]
         assert one.n_cached == 0
         assert batcher.pool.n_cached == (2 if name == "b" else 0)
+
+
+def _for_another(name: str) -> Sequence:
+    """Its prompt is computed here, and its KV is kept for a replica that decodes it."""
+    found = sequence(name, 4, 1)
+    found.kept_s = 100.0
+    return found
+
+
+def test_kv_that_waits_to_be_handed_over_leaves_room_for_those_that_stay() -> None:
+    """Four of them may wait; then the one behind them that stays is taken up, and the fifth when one has left."""
+    batcher = _batcher(7)
+    leaving = [_for_another(name) for name in "abcde"]
+    for one in leaving:
+        batcher.submit(one, 0.0)
+    stays = sequence("stays", 4, 12)
+    batcher.submit(stays, 0.0)
+    drawn = [name for _ in range(4) for name, _ in _step(batcher)]
+    assert set(drawn) == {"a", "b", "c", "d", "stays"}
+    assert batcher.pool.n_leased == 4
+    assert [one.id for one in batcher.waiting] == ["e"]
+    assert batcher.pool.end_lease(leaving[0].lease_id)
+    assert "e" in [name for name, _ in _step(batcher)]
+
+
+def test_where_nobody_stays_kv_to_be_handed_over_may_fill_the_pool() -> None:
+    batcher = _batcher(7)
+    for name in "abcde":
+        batcher.submit(_for_another(name), 0.0)
+    assert {name for _ in range(4) for name, _ in _step(batcher)} == {"a", "b", "c", "d", "e"}
