@@ -107,10 +107,8 @@ def _simulated(run: Run, drafts: Sequence[Judged], seed: int) -> list[SimResult]
     problem = run.problem
     plans = [_plan(problem, judged) for judged in drafts]
     n_requests = [_n_requests(problem, plan) for plan in plans]
-    if (
-        max(n_requests) > MAX_REQUESTS
-        or sum(n_requests) * problem.workload.output_tokens * TOKEN_S > run.left_s
-    ):
+    seconds = sum(n_requests) * (REQUEST_S + problem.workload.output_tokens * TOKEN_S)
+    if max(n_requests) > MAX_REQUESTS or seconds > run.left_s:
         return []
     workload = replace(problem.workload, arrivals=_arrivals(problem))
     return [
