@@ -22,10 +22,13 @@ from hexmesh.workload import PoissonArrivals
 
 CLOSE = 0.03
 """How far below the best a draft's figure may be."""
+WITHOUT_HANDOFFS = 0.2
+"""As far below may the best draft be that hands nothing over: where the score fills a wire, queues in front of it may
+cost more than that."""
 MAX_FINALISTS = 3
-MIN_REQUESTS, MAX_REQUESTS = 2_000, 12_000
+MIN_REQUESTS, MAX_REQUESTS = 1_000, 12_000
 """Simulated for a draft. Where drafts hold so many sequences that the rate would not settle, the score decides."""
-REQUEST_S, TOKEN_S = 5e-4, 4e-6
+REQUEST_S, TOKEN_S = 5e-4, 3e-6
 """What a request and an output token take to simulate: what does not fit into the time that is left is not begun."""
 TELLS = 0.02
 """What two runs of one plan differ by."""
@@ -45,7 +48,7 @@ def choose_finalist(run: Run, *, seed: int) -> None:
     """Simulates the best drafts and makes the winner the run's best."""
     drafts = _finalists(run)
     while len(drafts) > 1 and not (results := _simulated(run, [judged for judged, _ in drafts], seed)):
-        drafts = drafts[:-1]
+        del drafts[-2 if len(drafts) > 2 else -1]
     if len(drafts) < 2:
         return
     trials = [_trial(run.problem, *draft, result) for draft, result in zip(drafts, results, strict=True)]
@@ -82,19 +85,24 @@ def _arrivals(problem: Problem) -> PoissonArrivals | None:
 
 
 def _finalists(run: Run) -> list[tuple[Judged, str]]:
-    """Different drafts about as good as the best, the best first."""
+    """Different drafts about as good as the best, the best first, and last the best that hands nothing over."""
     if run.best is None:
         return []
     best = run.best.worth
     ranked = sorted(run.best_by.items(), key=lambda item: item[1].worth, reverse=True)
-    drafts = {judged.draft: (judged, by) for by, judged in reversed(ranked)}
-    close = [one for one in drafts.values() if _is_close(one[0].worth, best)]
-    return close[::-1][:MAX_FINALISTS]
+    drafts = list({judged.draft: (judged, by) for by, judged in reversed(ranked)}.values())[::-1]
+    close = [one for one in drafts if _is_close(one[0].worth, best, CLOSE)][:MAX_FINALISTS]
+    apart = [one for one in drafts if one not in close and _hands_nothing_over(one[0])]
+    return close + [one for one in apart[:1] if _is_close(one[0].worth, best, WITHOUT_HANDOFFS)]
 
 
-def _is_close(worth: Worth, best: Worth) -> bool:
+def _hands_nothing_over(judged: Judged) -> bool:
+    return all(layout.role == "mixed" for layout in judged.draft)
+
+
+def _is_close(worth: Worth, best: Worth, share: float) -> bool:
     """In both of the figures that decide."""
-    return all(a >= b - CLOSE * abs(b) for a, b in zip(worth[:2], best[:2], strict=True))
+    return all(a >= b - share * abs(b) for a, b in zip(worth[:2], best[:2], strict=True))
 
 
 def _is_clearly_better(worth: Worth, than: Worth) -> bool:

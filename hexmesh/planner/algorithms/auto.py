@@ -26,7 +26,7 @@ PARTITION_DEVICES = 128
 """HexGen-2's and HexGen's searches are worth their time up to so many."""
 N_ALIGNED = 3
 """Drafts, each of another search, whose cuts are aligned; and that are refined."""
-SEARCHED, ALIGNED = 0.75, 0.8
+SEARCHED, ALIGNED = 0.55, 0.6
 """Of the time, for searching, and for aligning and refining; the rest is for simulations."""
 COLUMNS, SLICE = 0.25, 0.08
 """Of the time, for the first search and for each that only gives annealing other starts."""
