@@ -184,9 +184,9 @@ def _deadlines(
         for workload in CLASSES:
             a, b = (f"{fleet}/{workload}/{model}/{name}" for fleet, name in (ours, theirs))
             fast, slow = results.get(online_key(a, b)), results.get(online_key(b, a))
-            if isinstance(fast, Online) and isinstance(slow, Online):
+            if isinstance(fast, Online) and isinstance(slow, Online) and min(fast.p50_s, slow.p50_s) > 0:
                 found.append((getattr(slow, percentile) / getattr(fast, percentile), 1.0))
-    return found
+    return found  # where none of the window's requests ended in it, there is nothing to compare
 
 
 def _c4(results: Results) -> Ratio:
