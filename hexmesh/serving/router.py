@@ -186,15 +186,24 @@ def _calm(
 ) -> dict[int, Pair]:
     """Pairs without an overloaded replica; where every pair has one, those whose worst is least so."""
     entries = _excess_prompts({pair.entry.id: pair.entry for pair in pairs.values()}, loads, flows)
-    decodes = _excess({pair.decode.id: pair.decode for pair in pairs.values()}, loads)
+    decodes = _excess({pair.decode.id: pair.decode for pair in pairs.values()}, loads, flows)
     worst = {at: max(entries[pair.entry.id], decodes[pair.decode.id]) for at, pair in pairs.items()}
     most = max(SHED, min(worst.values()))
     return {at: pair for at, pair in pairs.items() if worst[at] <= most}
 
 
-def _excess(replicas: Mapping[str, Replica], loads: Mapping[str, ReplicaLoad]) -> dict[str, float]:
-    """The requests of each, by as many as would make it as full as the least full one with another request."""
-    there = {name: _weight(one, _load(loads, name)) for name, one in replicas.items()}
+def _excess(
+    replicas: Mapping[str, Replica], loads: Mapping[str, ReplicaLoad], flows: Iterable[Flow]
+) -> dict[str, float]:
+    """The requests of each, by as many as would make it as full as the least full one with another request.
+
+    What waits at one that computes prompts for others are mostly those, and says nothing of its room to decode.
+    """
+    gives = {flow.src for flow in flows if flow.share > 0 and flow.src != flow.dst}
+    there = {
+        name: load.n_requests - load.n_waiting if name in gives else _weight(replicas[name], load)
+        for name, load in ((name, _load(loads, name)) for name in replicas)
+    }
     least = min((n + 1) / replicas[name].predicted_batch for name, n in there.items())
     return {name: n / max(1.0, least * replicas[name].predicted_batch) for name, n in there.items()}
 

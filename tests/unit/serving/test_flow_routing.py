@@ -231,3 +231,17 @@ def test_a_new_plan_begins_anew() -> None:
     gateway.choose()
     gateway.plan = SPLIT
     assert gateway.counts(8) == {"pd": 4, "pe": 2, "me": 1, "mm": 1}
+
+
+def test_prompts_that_wait_for_others_do_not_keep_a_replica_from_decoding_its_own() -> None:
+    """It looks slow and full, but nearly all that waits there is to be decoded elsewhere."""
+    wanted = plan(
+        (replica("m", batch=40), replica("d", "decode", batch=100)), ("m", "m", 0.4), ("m", "d", 0.6)
+    )
+    loads = {
+        "m": ReplicaLoad(n_requests=440, n_waiting=400, tokens_per_s=5.0, kv_room_tokens=0),
+        "d": ReplicaLoad(n_requests=104, n_waiting=4, tokens_per_s=100.0, kv_room_tokens=0),
+    }
+    assert Gateway(wanted).counts(10, loads) == {"mm": 4, "md": 6}
+    crowded = {**loads, "m": ReplicaLoad(n_requests=500, n_waiting=100, kv_room_tokens=0)}
+    assert Gateway(wanted).counts(10, crowded) == {"md": 10}
