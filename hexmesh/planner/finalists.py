@@ -23,8 +23,8 @@ from hexmesh.workload import PoissonArrivals
 CLOSE = 0.03
 """How far below the best a draft's figure may be."""
 WITHOUT_HANDOFFS = 0.2
-"""As far below may the best draft be that hands nothing over: where the score fills a wire, queues in front of it may
-cost more than that."""
+"""As far below may the best draft be that hands nothing over: where the score fills a wire, queues in front of it cost
+some of what it promises."""
 MAX_FINALISTS = 3
 MIN_REQUESTS, MAX_REQUESTS = 1_000, 12_000
 """Simulated for a draft. Where drafts hold so many sequences that the rate would not settle, the score decides."""
