@@ -7,7 +7,6 @@ as well within what the simulation can tell.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -46,12 +45,10 @@ class Trial:
 
 def choose_finalist(run: Run, *, seed: int) -> None:
     """Simulates the best drafts and makes the winner the run's best."""
-    drafts = _finalists(run)
-    while len(drafts) > 1 and not (results := _simulated(run, [judged for judged, _ in drafts], seed)):
-        del drafts[-2 if len(drafts) > 2 else -1]
-    if len(drafts) < 2:
+    finalists = _affordable(run, [_finalist(run.problem, judged, by) for judged, by in _finalists(run)])
+    if len(finalists) < 2:
         return
-    trials = [_trial(run.problem, *draft, result) for draft, result in zip(drafts, results, strict=True)]
+    trials = [_trial(run.problem, finalist, seed) for finalist in finalists]
     winner = max(trials, key=lambda trial: trial.worth)
     if _is_clearly_better(winner.worth, trials[0].worth):
         run.best = winner.judged
@@ -61,8 +58,18 @@ def choose_finalist(run: Run, *, seed: int) -> None:
         )
 
 
-def _plan(problem: Problem, judged: Judged) -> Plan:
-    return finish(
+@dataclass(frozen=True, slots=True)
+class _Finalist:
+    """A draft, who found it, its plan, and how many requests that is to be simulated for."""
+
+    judged: Judged
+    by: str
+    plan: Plan
+    n_requests: int
+
+
+def _finalist(problem: Problem, judged: Judged, by: str) -> _Finalist:
+    plan = finish(
         problem,
         judged,
         model_id="",
@@ -70,11 +77,8 @@ def _plan(problem: Problem, judged: Judged) -> Plan:
         max_model_tokens=problem.spec.max_position_tokens,
         hosts={node.id: 0 for node in problem.cluster.nodes},
     )
-
-
-def _n_requests(problem: Problem, plan: Plan) -> int:
-    """That a draft is simulated for."""
-    return max(MIN_REQUESTS, n_to_settle(plan) if _arrivals(problem) is None else 0)
+    n_to_end = n_to_settle(plan) if _arrivals(problem) is None else 0
+    return _Finalist(judged, by, plan, max(MIN_REQUESTS, n_to_end))
 
 
 def _arrivals(problem: Problem) -> PoissonArrivals | None:
@@ -110,27 +114,34 @@ def _is_clearly_better(worth: Worth, than: Worth) -> bool:
     return first > other or (abs(first) <= other and worth[1] > than[1] + TELLS * abs(than[1]))
 
 
-def _simulated(run: Run, drafts: Sequence[Judged], seed: int) -> list[SimResult]:
-    """Each at its highest rate, for the latency objective at the rate that is asked for. None if it takes too long."""
-    problem = run.problem
-    plans = [_plan(problem, judged) for judged in drafts]
-    n_requests = [_n_requests(problem, plan) for plan in plans]
-    seconds = sum(n_requests) * (REQUEST_S + problem.workload.output_tokens * TOKEN_S)
-    if max(n_requests) > MAX_REQUESTS or seconds > run.left_s:
-        return []
-    workload = replace(problem.workload, arrivals=_arrivals(problem))
-    return [
-        simulate(plan, problem.cluster, problem.spec, workload, n_requests=n, seed=seed)
-        for plan, n in zip(plans, n_requests, strict=True)
-    ]
+def _affordable(run: Run, finalists: list[_Finalist]) -> list[_Finalist]:
+    """As many as time allows; of those between, the worst are left out first."""
+    token_s = run.problem.workload.output_tokens * TOKEN_S
+    while len(finalists) > 1:
+        lengths = [one.n_requests for one in finalists]
+        if max(lengths) <= MAX_REQUESTS and sum(lengths) * (REQUEST_S + token_s) <= run.left_s:
+            break
+        finalists = [*finalists[:-2], finalists[-1]] if len(finalists) > 2 else finalists[:1]
+    return finalists
 
 
-def _trial(problem: Problem, judged: Judged, by: str, result: SimResult) -> Trial:
+def _trial(problem: Problem, finalist: _Finalist, seed: int) -> Trial:
+    """At its highest rate; for the latency objective at the rate that is asked for."""
+    result = simulate(
+        finalist.plan,
+        problem.cluster,
+        problem.spec,
+        replace(problem.workload, arrivals=_arrivals(problem)),
+        n_requests=finalist.n_requests,
+        seed=seed,
+    )
     is_in_time = isinstance(problem.objective, Goodput)
     figures = Figures(
         requests_per_s=result.goodput_requests_per_s if is_in_time else result.requests_per_s,
         latency_s=result.end_to_end_s.mean,
-        price_per_h=judged.figures.price_per_h,
-        n_devices=judged.figures.n_devices,
+        price_per_h=finalist.judged.figures.price_per_h,
+        n_devices=finalist.judged.figures.n_devices,
     )
-    return Trial(judged=judged, by=by, result=result, worth=problem.objective.worth(figures))
+    return Trial(
+        judged=finalist.judged, by=finalist.by, result=result, worth=problem.objective.worth(figures)
+    )

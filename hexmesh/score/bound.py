@@ -158,13 +158,17 @@ def _pools(cluster: Cluster, capacities: Capacities, asked: Set[Role]) -> list[_
     for at, node in enumerate(cluster.nodes):
         roles = frozenset(node.roles or ROLES) & asked
         degrees = degrees_of(node, capacities)
-        alike = Counter(replace(device, index=0, name="", kind="cuda") for device in node.devices)
-        for device, n_devices in alike.items():
+        for device, n_devices in devices_alike(node).items():
             key = device, node.fabric, launch_s(node), degrees, roles
             if key not in known:
                 known[key] = density_of(node, device, degrees, roles, capacities)
             found.append(_Pool(at, n_devices, known[key]))
     return found
+
+
+def devices_alike(node: Node) -> Counter[Device]:
+    """How many devices of each kind the host has."""
+    return Counter(replace(device, index=0, name="", kind="cuda") for device in node.devices)
 
 
 def degrees_of(node: Node, capacities: Capacities) -> tuple[int, ...]:
@@ -207,12 +211,14 @@ def _borders(cluster: Cluster, pools: Iterable[_Pool]) -> list[tuple[list[int], 
         for node in cluster.nodes
         if node.nic is not None
     ]
-    lines: Mapping[str, tuple[float, float]] = {
-        site: (
-            sum(line.bytes_per_s for line in cluster.site_links if line.src == site),
-            sum(line.bytes_per_s for line in cluster.site_links if line.dst == site),
-        )
-        for site in by_site
-        if cluster.site_links
-    }
-    return hosts + [(by_site[site], out, into) for site, (out, into) in lines.items()]
+    sites = by_site if cluster.site_links else ()
+    return hosts + [(by_site[site], *lines_of(cluster, site)) for site in sites]
+
+
+def lines_of(cluster: Cluster, site: str) -> tuple[float, float]:
+    """Bytes/s of all lines out of the site, and into it."""
+    lines = cluster.site_links
+    return (
+        sum(line.bytes_per_s for line in lines if line.src == site),
+        sum(line.bytes_per_s for line in lines if line.dst == site),
+    )

@@ -25,7 +25,7 @@ head, and limits of time.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -37,7 +37,7 @@ from msgspec.structs import replace
 
 from hexmesh.cluster import Cluster, Node, Role
 from hexmesh.roofline import Group
-from hexmesh.score.bound import LEAST_BYTES_PER_S, ROLES, degrees_of
+from hexmesh.score.bound import LEAST_BYTES_PER_S, ROLES, degrees_of, devices_alike, lines_of
 from hexmesh.score.capacity import Capacities
 from hexmesh.score.pipeline import group_like, launch_s
 from hexmesh.score.program import Program, Solution
@@ -80,12 +80,10 @@ class _Pool:
 def _pools(cluster: Cluster, capacities: Capacities, asked: Set[Role]) -> list[_Pool]:
     alike = defaultdict[object, list[Node]](list)
     for node in cluster.nodes:
-        devices = Counter(replace(device, index=0, name="", kind="cuda") for device in node.devices)
         look = replace(node, id="", name="", price_per_h=None, launch_s=launch_s(node), devices=())
-        alike[look, frozenset(devices.items())].append(node)
+        alike[look, frozenset(devices_alike(node).items())].append(node)
     found = []
     for nodes in alike.values():
-        devices = Counter(replace(one, index=0, name="", kind="cuda") for one in nodes[0].devices)
         found += [
             _Pool(
                 nodes=tuple(nodes),
@@ -93,7 +91,7 @@ def _pools(cluster: Cluster, capacities: Capacities, asked: Set[Role]) -> list[_
                 groups=tuple(group_like(nodes[0], device, tp) for tp in degrees_of(nodes[0], capacities)),
                 roles=frozenset(nodes[0].roles or ROLES) & asked,
             )
-            for device, n_devices in devices.items()
+            for device, n_devices in devices_alike(nodes[0]).items()
             if device.flops_per_s > 0 and device.bytes_per_s > 0
         ]
     return found
@@ -229,11 +227,8 @@ class _Fluid:
                     (members, -1.0, len(nodes) * nic.in_bytes_per_s),
                 ]
         for site, members in by_site.items() if self.cluster.site_links else ():
-            lines = self.cluster.site_links
-            found += [
-                (members, 1.0, sum(line.bytes_per_s for line in lines if line.src == site)),
-                (members, -1.0, sum(line.bytes_per_s for line in lines if line.dst == site)),
-            ]
+            out, into = lines_of(self.cluster, site)
+            found += [(members, 1.0, out), (members, -1.0, into)]
         return [
             (dict.fromkeys(members, sign * kv_bytes), max(limit, LEAST_BYTES_PER_S))
             for members, sign, limit in found
